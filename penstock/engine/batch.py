@@ -1,0 +1,41 @@
+"""A micro-batch: the tokens of some sequences, flattened without padding, that go through a layer in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from penstock.offload.kv import KVStore
+
+__all__ = ["CURRENT", "MicroBatch", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` new tokens of one sequence, whose first `start` tokens went through the model before."""
+
+    sequence: Hashable
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`."""
+
+    spans: tuple[Span, ...]
+    kv: KVStore
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(span.length for span in self.spans)
+
+
+CURRENT: ContextVar[MicroBatch] = ContextVar("penstock_micro_batch")
+"""The running micro-batch. Each micro-batch's forward runs in a greenlet of its own, and greenlets have contexts of
+their own, so this is set once per forward and is right after every switch."""

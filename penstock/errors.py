@@ -1,0 +1,192 @@
+"""Every error that a user of Penstock can meet.
+
+    PenstockError
+    ├── CheckpointError            the files of a checkpoint (also a ValueError)
+    │   ├── HeaderError            a safetensors header breaks the format
+    │   ├── IndexFileError         model.safetensors.index.json is wrong or points outside its directory
+    │   ├── MissingFileError       a file that the checkpoint needs is not there
+    │   ├── TruncatedFileError     a file is shorter or longer than its header says
+    │   ├── FileChangedError       a file is not the one whose header was read
+    │   ├── UnsupportedFormatError a checkpoint without safetensors, or one quantised in a way we cannot read
+    │   └── MissingWeightError     the model needs a parameter that the checkpoint does not hold
+    ├── ModelError                 the model definition (also a ValueError)
+    │   ├── UnknownArchitectureError  transformers does not know it, or it is no causal language model
+    │   ├── RemoteCodeError        the config asks for Python code from the checkpoint
+    │   └── UnsupportedModelError  known, but it cannot be run layer by layer
+    ├── ConfigError                an option or argument (also a ValueError)
+    │   ├── SizeError              a memory size that does not parse
+    │   ├── UnsupportedFieldError  a sampling field that Penstock does not have
+    │   └── DeviceError            a device that is not there
+    ├── BudgetError                what was asked for does not fit the memory budget (also a MemoryError)
+    ├── RequestError               one prompt or request (also a ValueError)
+    │   ├── PromptTooLongError     prompt plus new tokens exceed the model's context
+    │   └── PromptFileError        the file of prompts: unreadable, empty, or a bad line (with its number)
+    ├── OutputError                a result cannot be written (also an OSError)
+    ├── ReadError                  the disk could not deliver bytes (also an OSError)
+    ├── ClosedError                use after close (also a RuntimeError)
+    └── VerificationError          tokens differ from those of in-memory Hugging Face
+
+A message says which file, what was wanted, what was got, and what to do.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ClosedError",
+    "ConfigError",
+    "DeviceError",
+    "FileChangedError",
+    "HeaderError",
+    "IndexFileError",
+    "MissingFileError",
+    "MissingWeightError",
+    "ModelError",
+    "OutputError",
+    "PenstockError",
+    "PromptFileError",
+    "PromptTooLongError",
+    "ReadError",
+    "RemoteCodeError",
+    "RequestError",
+    "SizeError",
+    "TruncatedFileError",
+    "UnknownArchitectureError",
+    "UnsupportedFieldError",
+    "UnsupportedFormatError",
+    "UnsupportedModelError",
+    "VerificationError",
+]
+
+
+class PenstockError(Exception):
+    """Base of every error that Penstock raises on purpose.
+
+    `what` is the fault in a few words. The rest is optional and kept as attributes: the `file` concerned, what was
+    `wanted`, what was `got`, and the `fix`, an imperative sentence.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | PathLike[str] | None = None,
+        wanted: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.file = None if file is None else fspath(file)
+        self.wanted = wanted
+        self.got = got
+        self.fix = fix
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        comparison = ", ".join(
+            f"{label} {value}" for label, value in (("wanted", self.wanted), ("got", self.got)) if value is not None
+        )
+        body = ": ".join(part for part in (self.file, self.what, comparison) if part)
+        return f"{body}. {self.fix}" if self.fix else body
+
+    def __str__(self) -> str:
+        return self._message()
+
+
+class CheckpointError(PenstockError, ValueError):
+    """The files of a checkpoint are not what they must be."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks the format."""
+
+
+class IndexFileError(CheckpointError):
+    """The checkpoint's index file is wrong or points outside its directory."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that the checkpoint needs is not there."""
+
+
+class TruncatedFileError(CheckpointError):
+    """A file's real length is not the one its header describes."""
+
+
+class FileChangedError(CheckpointError):
+    """A file is not, or no longer, the one whose header was read."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """A checkpoint in a format that Penstock does not read."""
+
+
+class MissingWeightError(CheckpointError):
+    """The model needs a parameter that the checkpoint does not hold."""
+
+
+class ModelError(PenstockError, ValueError):
+    """The model definition cannot be used."""
+
+
+class UnknownArchitectureError(ModelError):
+    """Transformers does not know the architecture, or it is not a causal language model."""
+
+
+class RemoteCodeError(ModelError):
+    """The config asks for Python code that comes with the checkpoint; Penstock never runs it."""
+
+
+class UnsupportedModelError(ModelError):
+    """A known architecture that cannot be run layer by layer."""
+
+
+class ConfigError(PenstockError, ValueError):
+    """An option or argument is wrong."""
+
+
+class SizeError(ConfigError):
+    """A memory size does not parse."""
+
+
+class UnsupportedFieldError(ConfigError):
+    """A sampling field that Penstock does not have."""
+
+
+class DeviceError(ConfigError):
+    """A device that is not there."""
+
+
+class BudgetError(PenstockError, MemoryError):
+    """What was asked for does not fit the memory budget."""
+
+
+class RequestError(PenstockError, ValueError):
+    """One prompt or request is wrong."""
+
+
+class PromptTooLongError(RequestError):
+    """Prompt plus new tokens exceed the model's context."""
+
+
+class PromptFileError(RequestError):
+    """The file of prompts is unreadable or empty, or has a bad line."""
+
+
+class OutputError(PenstockError, OSError):
+    """A result cannot be written."""
+
+
+class ReadError(PenstockError, OSError):
+    """The disk could not deliver the bytes."""
+
+
+class ClosedError(PenstockError, RuntimeError):
+    """Something was used after it was closed."""
+
+
+class VerificationError(PenstockError):
+    """The tokens differ from those of in-memory Hugging Face."""

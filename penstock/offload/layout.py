@@ -1,0 +1,78 @@
+"""Where each parameter of one unit lies in its buffer, and which bytes of the checkpoint fill that buffer.
+
+A *unit* is one decoder layer, or the resident unit (embedding, final norm, head). Its buffer is one flat run of bytes:
+
+    0                    wire_offset                                  nbytes
+    | converted parameters | placed parameters | sources of conversions |
+                           '-------------------- wire ------------------'
+
+*Placed* parameters are made of the checkpoint's own bytes, moved and nothing else: nearly all of them. *Converted* ones
+(a cast, a transposition) are computed on the device from their sources right after these arrived. So what travels and
+rests, the wire bytes, is one contiguous run at the end of the buffer, whatever the parameters need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from penstock.io.files import SourceFile
+
+__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Extent", "Layout", "View"]
+
+PARAMETER_ALIGNMENT = 256
+"""Every view starts on a multiple of this many bytes, whichever tier it comes from, so that kernels see the same
+alignment, and results are the same, for every mix of tiers."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A row-major tensor inside a unit's buffer: `dtype` is a safetensors dtype name such as "BF16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Copy `nbytes` bytes at `source` of `file` to `destination` of the unit's buffer."""
+
+    file: SourceFile
+    source: int
+    nbytes: int
+    destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Compute `targets` (names of parameters) from `sources` (views of raw checkpoint tensors in the same buffer).
+
+    `convert` takes the source tensors in order and returns one tensor per target, of the target's shape; it runs on the
+    buffer's device, once per arrival. The result is cast to the target's dtype when it is stored.
+    """
+
+    targets: tuple[str, ...]
+    sources: tuple[View, ...]
+    convert: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One unit's buffer. `parameters` holds persistent buffers too; tied parameters appear once."""
+
+    parameters: tuple[View, ...]
+    extents: tuple[Extent, ...]
+    conversions: tuple[Conversion, ...]
+    wire_offset: int
+    parameter_nbytes: int
+    nbytes: int
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes that travel and rest; equal to `nbytes` when nothing is converted."""
+        return self.nbytes - self.wire_offset
