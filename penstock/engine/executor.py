@@ -1,0 +1,94 @@
+"""The loop: one sweep through all layers, in which every micro-batch advances.
+
+Each micro-batch's whole Hugging Face forward runs in a greenlet, and every decoder layer switches back here before it
+runs. So the layers of all micro-batches can be run layer by layer while the weights of each are there, and the model's
+own code does everything else: embedding, rotary tables, per-layer arguments, head.
+
+No stream, autocast or grad context may be entered inside a forward and left in another: those are per thread, not per
+greenlet. They are entered here, around the whole pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from penstock.engine.batch import CURRENT, MicroBatch
+from penstock.offload.source import WeightSource
+
+__all__ = ["Executor", "Forward"]
+
+Forward = Callable[[], Tensor]
+"""A micro-batch's whole forward: returns its logits."""
+
+
+class Executor:
+    """Runs passes. `layers` are the decoder layers in the order in which every forward calls them."""
+
+    def __init__(self, layers: Sequence[nn.Module], weights: WeightSource) -> None:
+        self._num_layers = len(layers)
+        self._weights = weights
+        for index, layer in enumerate(layers):
+            _gate(layer, index)
+
+    def run_pass(self, batches: Sequence[tuple[MicroBatch, Forward]]) -> list[Tensor]:
+        """Advance every micro-batch through all layers and return their logits, in order.
+
+        When one forward raises, the others are unwound and the error goes on; the weights stay usable.
+        """
+        runs = [_Run(batch, forward) for batch, forward in batches]
+        try:
+            with torch.inference_mode():
+                for run in runs:
+                    run.advance(to=0)
+                for index in range(self._num_layers):
+                    with self._weights.layer(index):
+                        for run in runs:
+                            run.advance(to=index + 1)
+        finally:
+            for run in runs:
+                run.unwind()
+        return [run.result() for run in runs]
+
+
+def _gate(layer: nn.Module, index: int) -> None:
+    """Make `layer` switch to the executor, with its index, before it runs."""
+    forward = layer.forward
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        getcurrent().parent.switch(index)
+        return forward(*args, **kwargs)
+
+    layer.forward = gated
+
+
+class _Run:
+    """One micro-batch's forward, suspended at the entry of a layer."""
+
+    def __init__(self, batch: MicroBatch, forward: Forward) -> None:
+        def body() -> Tensor:
+            CURRENT.set(batch)
+            return forward()
+
+        self._greenlet = greenlet(body)
+        self._reached: Any = None
+
+    def advance(self, *, to: int) -> None:
+        """Run up to the entry of layer `to`, or to the end where there is no such layer."""
+        self._reached = self._greenlet.switch()
+        assert self._greenlet.dead or self._reached == to, f"layer {to} expected, the model entered {self._reached}"
+
+    def unwind(self) -> None:
+        """Leave a forward that did not end."""
+        if self._greenlet:
+            self._greenlet.throw(GreenletExit)
+
+    def result(self) -> Tensor:
+        """Return the logits."""
+        assert self._greenlet.dead
+        logits: Tensor = self._reached
+        return logits

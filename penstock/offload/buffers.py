@@ -1,0 +1,55 @@
+"""Units' buffers as tensors: views of them, and the conversions that run on arrival."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from penstock.offload.layout import Layout, View
+
+__all__ = ["DTYPES", "convert", "dtype_name", "view_of"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+"""torch's dtype for each dtype of the safetensors format that torch has."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype, such as "BF16"."""
+    return _NAMES[dtype]
+
+
+def view_of(buffer: Tensor, view: View) -> Tensor:
+    """Return `view` of a flat uint8 buffer as a tensor that shares its memory."""
+    flat = buffer[view.offset : view.offset + view.nbytes]
+    return flat.view(DTYPES[view.dtype]).view(view.shape)
+
+
+def convert(layout: Layout, buffer: Tensor) -> None:
+    """Compute the converted parameters of a unit whose wire bytes have just arrived in `buffer`."""
+    if not layout.conversions:
+        return
+    targets = {view.name: view for view in layout.parameters}
+    for conversion in layout.conversions:
+        results = conversion.convert(tuple(view_of(buffer, source) for source in conversion.sources))
+        for name, result in zip(conversion.targets, results, strict=True):
+            view_of(buffer, targets[name]).copy_(result)
