@@ -73,7 +73,7 @@ class Reader(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what is in flight, then release descriptors and threads. After it, submit and wait raise ClosedError."""
+        """Wait for what is in flight, then release descriptors and threads; later calls raise ClosedError."""
 
     def __enter__(self) -> Self:
         return self

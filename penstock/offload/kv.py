@@ -1,7 +1,7 @@
 """What sequences remember between passes: keys and values per layer, and the states of recurrent mixers.
 
-A sequence reserves room for all of its tokens before it starts and gives it back when it ends, so a running sequence can
-never run out of memory. Rows are kept per (layer, sequence), token-major.
+A sequence reserves room for all of its tokens before it starts and gives it back when it ends, so a running sequence
+can never run out of memory. Rows are kept per (layer, sequence), token-major.
 """
 
 from __future__ import annotations

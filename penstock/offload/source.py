@@ -25,7 +25,7 @@ class WeightSource(Protocol):
 
 def read_unit(layout: Layout, buffer: Tensor) -> None:
     """Fill a CPU buffer with one unit's bytes, extent by extent, through the page cache, and convert."""
-    memory = memoryview(buffer.numpy())
+    memory = memoryview(buffer.numpy().data)
     for extent in layout.extents:
         with open(extent.file.path, "rb", buffering=0) as file:
             target = memory[extent.destination : extent.destination + extent.nbytes]
