@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from penstock.offload.kv import KVStore
+if TYPE_CHECKING:
+    from penstock.offload.kv import KVStore
 
 __all__ = ["CURRENT", "MicroBatch", "Span"]
 
@@ -21,6 +23,7 @@ class Span:
 
     @property
     def end(self) -> int:
+        """Tokens of the sequence that will have gone through the model."""
         return self.start + self.length
 
 
@@ -33,6 +36,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in the micro-batch."""
         return sum(span.length for span in self.spans)
 
 

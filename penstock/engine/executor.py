@@ -27,11 +27,14 @@ Forward = Callable[[], Tensor]
 
 
 class Executor:
-    """Runs passes. `layers` are the decoder layers in the order in which every forward calls them."""
+    """Runs passes. `layers` are the decoder layers in the order in which every forward calls them.
 
-    def __init__(self, layers: Sequence[nn.Module], weights: WeightSource) -> None:
+    `weights` is where they get their parameters; it may be set or exchanged between passes.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], weights: WeightSource | None = None) -> None:
         self._num_layers = len(layers)
-        self._weights = weights
+        self.weights = weights
         for index, layer in enumerate(layers):
             _gate(layer, index)
 
@@ -40,13 +43,14 @@ class Executor:
 
         When one forward raises, the others are unwound and the error goes on; the weights stay usable.
         """
+        assert self.weights is not None
         runs = [_Run(batch, forward) for batch, forward in batches]
         try:
             with torch.inference_mode():
                 for run in runs:
                     run.advance(to=0)
                 for index in range(self._num_layers):
-                    with self._weights.layer(index):
+                    with self.weights.layer(index):
                         for run in runs:
                             run.advance(to=index + 1)
         finally:

@@ -16,7 +16,7 @@ from penstock.io.files import SourceFile
 __all__ = ["ALIGNMENT", "Read", "Reader", "ReaderStatistics", "Ticket"]
 
 ALIGNMENT = 4096
-"""Offsets, lengths and addresses of reads are multiples of this many bytes: enough for O_DIRECT on every common disk."""
+"""Offsets, lengths and addresses of reads are multiples of this many bytes: enough for O_DIRECT on common disks."""
 
 Ticket = int
 """Names one submitted batch."""
@@ -39,8 +39,10 @@ class Read:
 class ReaderStatistics:
     """What a reader has done so far.
 
-    `bytes_read` counts bytes delivered; `busy_seconds` is the time during which at least one read was under way;
-    `buffered_reads` counts reads that went through the page cache because O_DIRECT was refused.
+    `reads` counts reads as they were given to the kernel, after cutting into blocks, and `buffered_reads` those of them
+    that went through the page cache. `bytes_read` counts bytes delivered. `busy_seconds` is
+    the time during which at least one read was under way; a backend that learns of the end of a read only in `wait`
+    counts until then.
     """
 
     reads: int
@@ -50,7 +52,7 @@ class ReaderStatistics:
 
 
 class Reader(ABC):
-    """Reads batches of extents. Not thread-safe: one thread at a time drives it. A context manager; close is idempotent."""
+    """Reads batches of extents. One thread at a time may drive it. A context manager; close is idempotent."""
 
     name: ClassVar[str]
 

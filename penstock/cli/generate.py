@@ -1,0 +1,222 @@
+"""`penstock generate`: complete prompts with a model that need not fit anywhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from penstock.cli.output import ProgressLine, ResultFile, result_file
+from penstock.cli.prompts import PromptLine, read_prompts
+from penstock.engine.sampling_params import SamplingParams
+from penstock.errors import ConfigError, PromptFileError, VerificationError
+from penstock.offload.tiers import MemoryTiers, format_size
+
+if TYPE_CHECKING:
+    from penstock.engine.outputs import RequestOutput
+    from penstock.engine.report import Progress
+    from penstock.engine.verify import Verification
+
+__all__ = ["add_to"]
+
+EXAMPLE_PROMPTS = (
+    "def fibonacci(n):\n",
+    "class Stack:\n    def __init__(self):\n",
+    "import os\n\n\ndef read_file(path):\n",
+)
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's sub-commands."""
+    parser = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        description="Complete prompts with a model that is streamed through a memory budget, layer by layer.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", nargs="?", help="directory of a Hugging Face checkpoint (default: the bundled model)")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help="a prompt per line (.txt), JSON lines (.jsonl), or - for stdin"
+    )
+    prompts.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--device-memory", metavar="SIZE", help="budget on the device, such as 20GiB (default: most of it)"
+    )
+    memory.add_argument("--host-memory", metavar="SIZE", help="budget of host RAM for layers (default: most of it)")
+    memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
+    memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    memory.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)"
+    )
+    memory.add_argument(
+        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
+    )
+    memory.add_argument(
+        "--io-backend",
+        default="auto",
+        choices=("auto", "libaio", "threads", "aiofiles"),
+        help="how the disk is read (default: the first that works)",
+    )
+    sampling = parser.add_argument_group("sampling")
+    defaults = SamplingParams(max_tokens=64, temperature=0.0)
+    sampling.add_argument(
+        "--max-tokens", type=int, default=defaults.max_tokens, metavar="N", help="default: %(default)s"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, default=defaults.temperature, metavar="T", help="0 is greedy, the default"
+    )
+    sampling.add_argument("--top-p", type=float, default=defaults.top_p, metavar="P")
+    sampling.add_argument("--top-k", type=int, default=defaults.top_k, metavar="K")
+    sampling.add_argument("--seed", type=int, default=defaults.seed, metavar="N")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated"
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
+    sampling.add_argument(
+        "--logprobs", type=int, metavar="N", help="report log-probabilities of the N likeliest tokens"
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument("--output", metavar="FILE", help="write results there: .txt as text, else JSON lines")
+    results.add_argument(
+        "--json", action="store_true", help="print JSON lines; the last line of stdout is the run's summary"
+    )
+    results.add_argument("--verify", action="store_true", help="compare greedy tokens with in-memory Hugging Face")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    defaults = SamplingParams(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop=options.stop,
+        ignore_eos=options.ignore_eos,
+        logprobs=options.logprobs,
+    )
+    tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    lines = _prompt_lines(options)
+    params = [_params(line, defaults) for line in lines]
+    if options.verify and not all(each.is_greedy for each in params):
+        raise ConfigError("--verify compares greedy tokens", wanted="--temperature 0", got="a request that samples")
+    with result_file(options.output) if options.output else nullcontext() as file:
+        return _generate(options, tiers, lines, params, file)
+
+
+def _prompt_lines(options: argparse.Namespace) -> list[PromptLine]:
+    lines = [PromptLine(prompt, where="--prompt") for prompt in options.prompt]
+    if options.prompts:
+        lines += read_prompts(options.prompts)
+    if not lines and options.model is None:
+        lines = [PromptLine(prompt, where="example") for prompt in EXAMPLE_PROMPTS]
+    if not lines:
+        raise ConfigError("no prompts", fix="Give --prompt TEXT or --prompts FILE.")
+    if options.chat:
+        lines = [_as_chat(line) for line in lines]
+    return lines
+
+
+def _as_chat(line: PromptLine) -> PromptLine:
+    if not isinstance(line.prompt, str):
+        return line
+    return PromptLine(None, [{"role": "user", "content": line.prompt}], line.fields, line.where)
+
+
+def _params(line: PromptLine, defaults: SamplingParams) -> SamplingParams:
+    try:
+        return SamplingParams.from_mapping(line.fields, defaults=defaults)
+    except ConfigError as error:
+        raise PromptFileError(str(error), file=line.where) from error
+
+
+def _generate(
+    options: argparse.Namespace,
+    tiers: MemoryTiers,
+    lines: list[PromptLine],
+    params: list[SamplingParams],
+    file: ResultFile | None,
+) -> int:
+    from penstock.engine.llm import LLM  # noqa: PLC0415  (torch takes seconds to import; --help must not)
+
+    progress = ProgressLine()
+    with LLM(
+        options.model,
+        tiers=tiers,
+        device=options.device,
+        dtype=options.dtype,
+        micro_batch_tokens=options.micro_batch_tokens,
+        io_backend=options.io_backend,
+        on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
+    ) as llm:
+        prompts = [llm.template(line.messages) if line.messages else line.prompt for line in lines]
+        outputs = []
+        for output in llm.stream(prompts, params, on_pass=lambda state: progress.show(_describe(state))):
+            outputs.append(output)
+            if file:
+                file.write(_record(output))
+        progress.clear()
+        outputs.sort(key=lambda output: int(output.request_id))
+        if not file:
+            _print(outputs, as_json=options.json)
+        report = llm.last_run
+    assert report is not None
+    if not options.json:
+        print(f"{report.plan.explain()}\n{report.explain()}", file=sys.stderr)
+    verified = _verify(options, outputs) if options.verify else None
+    if options.json:
+        print(json.dumps(report.as_dict() | ({"verify": verified.as_dict()} if verified else {})))
+    if verified and not verified.passed:
+        raise VerificationError("the tokens differ from in-memory Hugging Face", got=verified.explain())
+    return 0
+
+
+def _describe(state: Progress) -> str:
+    rate = state.generated_tokens / state.seconds if state.seconds else 0.0
+    left = (state.expected_tokens - state.generated_tokens) / rate if rate else 0.0
+    return (
+        f"{state.num_finished}/{state.num_requests} prompts, {state.generated_tokens} tokens, {rate:.1f} tokens/s, "
+        f"{state.streamed_bytes / max(state.seconds, 1e-9) / 1e9:.2f} GB/s, at most {left:.0f} s left"
+    )
+
+
+def _record(output: RequestOutput) -> dict[str, Any]:
+    completion = output.outputs[0]
+    record: dict[str, Any] = {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [
+            {str(token): {"logprob": entry.logprob, "rank": entry.rank} for token, entry in position.items()}
+            for position in completion.logprobs
+        ]
+    return record
+
+
+def _print(outputs: list[RequestOutput], *, as_json: bool) -> None:
+    for output in outputs:
+        if as_json:
+            print(json.dumps(_record(output)))
+        else:
+            print(f"--- prompt {output.request_id} ({output.outputs[0].finish_reason})")
+            print(f"{output.prompt or ''}{output.outputs[0].text}")
+
+
+def _verify(options: argparse.Namespace, outputs: list[RequestOutput]) -> Verification:
+    from penstock.engine.verify import verify  # noqa: PLC0415
+
+    result = verify(options.model, outputs, dtype=options.dtype, device=options.device)
+    print(result.explain(), file=sys.stderr)
+    return result

@@ -1,0 +1,97 @@
+"""Results to a file or to stdout, and progress to a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from penstock.errors import OutputError
+
+__all__ = ["ProgressLine", "ResultFile", "result_file"]
+
+
+class ResultFile:
+    """One result per call of `write`, as JSON lines or as text."""
+
+    def __init__(self, stream: TextIO, path: str) -> None:
+        self._stream = stream
+        self._path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one record; a text file gets the completed text alone. Raises OutputError, as for a full disk."""
+        line = f"{record['prompt'] or ''}{record['text']}\n" if self._path.endswith(".txt") else json.dumps(record)
+        try:
+            self._stream.write(line.rstrip("\n") + "\n")
+        except OSError as error:
+            raise OutputError("cannot write a result", file=self._path, got=error.strerror) from error
+
+
+@contextmanager
+def result_file(path: str) -> Iterator[ResultFile]:
+    """Open a file of results that appears under its name only when all of it is on disk.
+
+    Until then it is a hidden sibling, which is removed when anything fails. Raises OutputError before any work is done
+    when the directory cannot be written.
+    """
+    target = Path(path)
+    hidden = None
+    try:
+        if target.is_dir():
+            raise OutputError("the output is a directory", file=path, wanted="a file")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        hidden = Path(name)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            yield ResultFile(stream, path)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        hidden.chmod(0o666 & ~umask)
+        hidden.replace(target)
+        hidden = None
+        _sync_directory(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
+    finally:
+        if hidden is not None:
+            hidden.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ProgressLine:
+    """A line on a terminal that is written over; nothing at all where stderr is not one."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._shown = self._stream.isatty()
+        self._last = 0.0
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        """Show `text`, at most ten times a second."""
+        now = time.monotonic()
+        if self._shown and (final or now - self._last > 0.1):
+            self._last = now
+            self._stream.write(f"\r\x1b[K{text}")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown and self._last:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()

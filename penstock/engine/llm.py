@@ -1,0 +1,333 @@
+"""The Python API: a model, the memory it may use, and `generate`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from penstock.engine.executor import Executor
+from penstock.engine.generation import Generation
+from penstock.engine.model.build import load_model
+from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
+from penstock.engine.outputs import CompletionOutput, RequestOutput
+from penstock.engine.rehearsal import rehearse
+from penstock.engine.report import Progress, RunReport, Traffic
+from penstock.engine.sampler import Sampler
+from penstock.engine.sampling_params import SamplingParams
+from penstock.engine.scheduler import Scheduler
+from penstock.engine.sequence import Sequence
+from penstock.errors import (
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    MissingFileError,
+    PromptTooLongError,
+    RequestError,
+)
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.limits import available_memory
+from penstock.offload.kv import KVCost, KVStore
+from penstock.offload.plan import PassLimits, Plan, make_plan
+from penstock.offload.stream import WeightStream
+from penstock.offload.tiers import MemoryTiers, format_size
+
+__all__ = ["LLM", "Prompt"]
+
+Prompt = str | Items[int] | Mapping[str, Any]
+"""Text, token ids, or a mapping with "prompt" or "prompt_token_ids"."""
+
+DEFAULT_MODEL = Path(__file__).parents[1] / "data" / "tiny-python"
+"""The bundled model."""
+
+logger = logging.getLogger("penstock.engine")
+
+LIMITS = {"cpu": PassLimits(2, 512, 4096), "cuda": PassLimits(3, 2048, 16384)}
+SAMPLER_ROWS = {"cpu": 1, "cuda": 8}
+
+
+class LLM:
+    """A Hugging Face causal language model that runs within a memory budget, one layer at a time.
+
+    `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
+    `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
+    "auto" (the checkpoint's) or a torch dtype's name. A context manager; `close` gives all memory back.
+
+    Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
+    fit, saying what would be enough. Nothing is written anywhere.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        *,
+        tiers: MemoryTiers | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        micro_batch_tokens: int | None = None,
+        io_backend: str = "auto",
+        on_load: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.path = DEFAULT_MODEL if model is None else Path(model)
+        self._device = _find_device(device)
+        self._closed = False
+        start = time.perf_counter()
+        checkpoint = Checkpoint.open(self.path)
+        self._model = load_model(self.path, dtype=dtype, device=str(self._device))
+        self.tokenizer = _find_tokenizer(self.path)
+        self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
+        self._executor = Executor(self._model.layers)
+        self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
+        self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        limits = LIMITS[self._device.type]
+        if micro_batch_tokens is not None:
+            if micro_batch_tokens < 1:
+                raise ConfigError("micro_batch_tokens is out of range", wanted="at least 1", got=micro_batch_tokens)
+            limits = replace(limits, micro_batch_tokens=micro_batch_tokens)
+        known = _resolve(tiers or MemoryTiers(), self._device)
+        self.plan: Plan = make_plan(self._shape, known, limits)
+        self._kv = KVStore(
+            limit_nbytes=self.plan.kv_nbytes,
+            cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes),
+        )
+        with ExitStack() as cleanup:
+            self._weights = cleanup.enter_context(
+                WeightStream(
+                    self.plan,
+                    checkpoint=checkpoint,
+                    resident=self._model.resident,
+                    layers=self._model.layer_layouts,
+                    device=self._device,
+                    io_backend=io_backend,
+                )
+            )
+            self._bind()
+            self._weights.load(on_load)
+            self._exit = cleanup.pop_all()
+        self._load_bytes = self._weights.statistics().disk.bytes_read
+        self._load_seconds = time.perf_counter() - start
+        self.last_run: RunReport | None = None
+
+    def _bind(self) -> None:
+        self._model.bind_resident(self._weights.resident)
+        for index in range(len(self._model.layers)):
+            self._model.bind_layer(index, self._weights.buffer_of(index))
+        self._model.check_bound()
+        self._executor.weights = self._weights
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that a prompt and its completion may have together, where the model has a limit."""
+        return self._model.context_length
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        on_pass: Callable[[Progress], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts and return the results in their order.
+
+        `sampling_params` is one for all prompts or one for each. Raises RequestError for a bad prompt before anything
+        runs, BudgetError for one whose keys and values can never fit.
+        """
+        outputs = list(self.stream(prompts, sampling_params, on_pass=on_pass))
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    def stream(
+        self,
+        prompts: Prompt | Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        on_pass: Callable[[Progress], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Complete prompts and yield each result as soon as it has finished; arguments and errors as in `generate`."""
+        if self._closed:
+            raise ClosedError("the model is closed")
+        sequences = self._sequences(prompts, sampling_params)
+        scheduler = Scheduler(
+            self._kv,
+            micro_batch_tokens=self.plan.micro_batch_tokens,
+            pass_tokens=self.plan.pass_tokens,
+            splits_prompts=self._model.splits_prompts,
+        )
+        before = self._weights.statistics()
+        generation = Generation(
+            sequences,
+            model=self._model,
+            executor=self._executor,
+            kv=self._kv,
+            scheduler=scheduler,
+            sampler=self._sampler,
+            tokenizer=self.tokenizer,
+            end_ids=self._end_ids,
+            on_pass=on_pass,
+            streamed_bytes=lambda: self._weights.statistics().device_bytes - before.device_bytes,
+        )
+        start = time.perf_counter()
+        for sequence in generation:
+            self._report(generation, time.perf_counter() - start, Traffic.between(before, self._weights.statistics()))
+            yield self._output(sequence)
+
+    def chat(
+        self,
+        conversations: Items[Mapping[str, str]] | Items[Items[Mapping[str, str]]],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete conversations of {"role", "content"} messages through the tokenizer's chat template."""
+        several = [conversations] if conversations and isinstance(conversations[0], Mapping) else conversations
+        return self.generate([self.template(messages) for messages in several], sampling_params)
+
+    def template(self, messages: Any) -> dict[str, Any]:
+        """Return the prompt that the tokenizer's chat template makes of {"role", "content"} messages."""
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("this model has no chat template", file=self.path, fix="Use plain prompts.")
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return {"prompt_token_ids": ids}
+
+    def _sequences(
+        self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None
+    ) -> list[Sequence]:
+        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_tokens(prompts) else list(prompts)
+        each = list(params) if isinstance(params, Items) else [params or SamplingParams()] * len(many)
+        if len(each) != len(many):
+            raise ConfigError("sampling parameters and prompts differ in number", wanted=len(many), got=len(each))
+        return [self._sequence(number, prompt, each[number]) for number, prompt in enumerate(many)]
+
+    def _sequence(self, number: int, prompt: Any, params: SamplingParams) -> Sequence:
+        text, ids = self._tokenize(number, prompt)
+        limit = self._model.context_length
+        if not ids:
+            raise RequestError(f"prompt {number} is empty", wanted="at least one token", got=repr(text))
+        if limit is not None and len(ids) >= limit:
+            raise PromptTooLongError(
+                f"prompt {number} is longer than the model's context",
+                wanted=f"fewer than {limit} tokens",
+                got=f"{len(ids)} tokens",
+                fix="Shorten the prompt.",
+            )
+        if bad := [token for token in ids if not 0 <= token < self._model.vocab_size]:
+            wanted = f"ids below {self._model.vocab_size}"
+            raise RequestError(f"prompt {number} has tokens that the model does not know", wanted=wanted, got=bad[:5])
+        capacity = len(ids) + params.max_tokens
+        return Sequence(number, text, ids, params, capacity if limit is None else min(capacity, limit))
+
+    def _tokenize(self, number: int, prompt: Any) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), tuple(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt")
+        if _is_tokens(prompt):
+            return None, tuple(prompt)
+        if not isinstance(prompt, str):
+            wanted = 'text, token ids, or a mapping with "prompt" or "prompt_token_ids"'
+            raise RequestError(f"prompt {number} is not a prompt", wanted=wanted, got=repr(prompt))
+        if self.tokenizer is None:
+            raise RequestError(
+                f"prompt {number} is text, and the model has no tokenizer",
+                file=self.path,
+                fix="Give token ids, or put the tokenizer's files beside the model.",
+            )
+        return prompt, tuple(self.tokenizer(prompt).input_ids)
+
+    def _output(self, sequence: Sequence) -> RequestOutput:
+        asked = sequence.params.logprobs is not None
+        completion = CompletionOutput(
+            index=0,
+            text=sequence.text,
+            token_ids=tuple(sequence.output_ids),
+            cumulative_logprob=sequence.cumulative_logprob if asked else None,
+            logprobs=tuple(sequence.logprobs) if asked else None,
+            finish_reason=sequence.finish_reason or "length",
+            stop_reason=sequence.stop_reason,
+        )
+        return RequestOutput(str(sequence.number), sequence.prompt, sequence.prompt_ids, (completion,))
+
+    def _report(self, generation: Generation, seconds: float, traffic: Traffic) -> None:
+        self.last_run = RunReport(
+            num_requests=generation.num_requests,
+            num_passes=generation.num_passes,
+            prompt_tokens=generation.prompt_tokens,
+            generated_tokens=generation.generated_tokens,
+            seconds=seconds,
+            load_seconds=self._load_seconds,
+            load_bytes=self._load_bytes,
+            peak_sequences=generation.peak_sequences,
+            model_nbytes=self._shape.nbytes,
+            traffic=traffic,
+            plan=self.plan,
+            device=str(self._device),
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            reader=self._weights.reader_choice.as_dict(),
+        )
+
+    def close(self) -> None:
+        """Give back all memory, descriptors and threads; later calls raise ClosedError."""
+        if not self._closed:
+            self._closed = True
+            self._model.unbind()
+            self._exit.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_tokens(prompt: Any) -> bool:
+    return isinstance(prompt, Items) and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
+
+
+def _find_tokenizer(path: Path) -> Any | None:
+    """Return the model's tokenizer, or None: token ids alone can be completed without one."""
+    try:
+        return load_tokenizer(path)
+    except MissingFileError as error:
+        logger.info("%s", error)
+        return None
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError("not a device", wanted="auto, cpu, cuda or cuda:N", got=name) from None
+    if device.type not in LIMITS:
+        raise DeviceError("a device that Penstock does not run on", wanted="cpu or cuda", got=name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise DeviceError("this machine has no such GPU", wanted=f"one of {torch.cuda.device_count()}", got=name)
+    return device
+
+
+def _resolve(tiers: MemoryTiers, device: torch.device) -> MemoryTiers:
+    """Fill in what the caller left open, and refuse what is not there."""
+    host = available_memory()
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else host
+    wanted = tiers.device if tiers.device is not None else free * 9 // 10 if on_cuda else free // 2
+    left = host if on_cuda else max(host - wanted, 0)
+    host_wanted = tiers.host if tiers.host is not None else left * 8 // 10
+    for name, asked, there in (("device", wanted, free), ("host", host_wanted, left)):
+        if asked > there:
+            raise BudgetError(
+                f"the {name} memory budget is more than what is free",
+                wanted=format_size(asked),
+                got=f"{format_size(there)} free",
+                fix=f"Lower the {name} memory.",
+            )
+    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme)

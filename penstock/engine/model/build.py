@@ -1,0 +1,347 @@
+"""A checkpoint directory as a model whose layers' weights come and go.
+
+transformers' own module is built with parameters on the meta device, where they have shapes and no memory; binding a
+buffer makes them views of it. Everything else of the module, its forward and its computed buffers, is used as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from penstock.engine.batch import MicroBatch
+from penstock.engine.model.adapters import Adaptation, adapt, refuse
+from penstock.engine.model.attention import ATTENTION
+from penstock.engine.model.mapping import WeightMap, map_weights
+from penstock.errors import (
+    ConfigError,
+    MissingFileError,
+    ModelError,
+    RemoteCodeError,
+    UnknownArchitectureError,
+    UnsupportedFormatError,
+    UnsupportedModelError,
+)
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.files import TensorEntry
+from penstock.offload.buffers import DTYPES, view_of
+from penstock.offload.layout import Layout
+
+__all__ = ["StreamedModel", "load_model"]
+
+_LARGE_ELEMENTS = 1 << 20
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger("penstock.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedModel:
+    """A causal language model whose parameters have no memory of their own.
+
+    `layers` are the decoder layers in order; `layer_layouts` says what each one's buffer holds, `resident` what that of
+    all the rest holds. `splits_prompts` is false where a prompt must go through in one span. `adapters` names the code
+    of this package that runs in place of transformers' own.
+    """
+
+    module: Any
+    config: Any
+    layers: tuple[nn.Module, ...]
+    resident: Layout
+    layer_layouts: tuple[Layout, ...]
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    context_length: int | None
+    splits_prompts: bool
+    adapters: tuple[str, ...]
+    _aliases: Mapping[str, tuple[str, ...]]
+    _inputs: Mapping[str, Any]
+    _accepts: frozenset[str]
+
+    def bind_resident(self, buffer: Tensor) -> None:
+        """Make everything but the layers, tied parameters included, views of a flat uint8 buffer on `device`."""
+        self._bind(self.resident, buffer)
+
+    def bind_layer(self, index: int, buffer: Tensor) -> None:
+        """Make the parameters and persistent buffers of one layer views of a flat uint8 buffer on `device`."""
+        self._bind(self.layer_layouts[index], buffer)
+
+    def unbind(self) -> None:
+        """Let go of every buffer: parameters go back to the meta device."""
+        for layout in (self.resident, *self.layer_layouts):
+            self._bind(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
+
+    def check_bound(self) -> None:
+        """Assert that every parameter that the forward needs has memory."""
+        names = [view.name for layout in (self.resident, *self.layer_layouts) for view in layout.parameters]
+        names += [alias for aliases in self._aliases.values() for alias in aliases]
+        unbound = [name for name in names if _look_up(self.module, name).is_meta]
+        assert not unbound, f"not bound: {unbound[:5]}"
+
+    def forward(self, batch: MicroBatch, token_ids: Tensor, keep: Tensor) -> Tensor:
+        """Run the model on flattened tokens: token_ids [T] int64 -> logits [K, vocab] of the tokens at `keep` [K].
+
+        Runs inside an executor's pass. Tensors are on `device`.
+        """
+        inputs = {"input_ids": token_ids[None], "use_cache": False, **self._inputs}
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = positions_of(batch, self.device)[None]
+        if "logits_to_keep" in self._accepts:
+            logits: Tensor = self.module(**inputs, logits_to_keep=keep).logits[0]
+            return logits
+        logits = self.module(**inputs).logits[0]
+        return logits[keep]
+
+    def _bind(self, layout: Layout, buffer: Tensor) -> None:
+        for view in layout.parameters:
+            value: Tensor = nn.Parameter(view_of(buffer, view), requires_grad=False)
+            for name in (view.name, *self._aliases.get(view.name, ())):
+                path, _, leaf = name.rpartition(".")
+                owner = self.module.get_submodule(path)
+                if leaf in owner._parameters:
+                    owner._parameters[leaf] = value
+                else:
+                    owner._buffers[leaf] = value.data
+
+
+def positions_of(batch: MicroBatch, device: torch.device) -> Tensor:
+    """Return the positions [T] of a micro-batch's tokens in their sequences."""
+    return torch.cat([torch.arange(span.start, span.end) for span in batch.spans]).to(device, non_blocking=True)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> StreamedModel:
+    """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
+
+    `dtype` is "auto" (the checkpoint's), or the one to compute in. Raises ModelError where the model cannot be run so,
+    and CheckpointError where the checkpoint does not make the model.
+    """
+    directory, device = Path(path), torch.device(device)
+    config = _load_config(directory)
+    checkpoint = Checkpoint.open(directory)
+    compute_dtype = _resolve_dtype(dtype, config, checkpoint.tensors)
+    module = _build(config, compute_dtype, directory)
+    decoder = _decoder_name(module)
+    name, layers = _find_layers(module, decoder)
+    _place_buffers(module, device)
+    adaptation = adapt(module, layers)
+    weights = map_weights(
+        module,
+        checkpoint.tensors,
+        directory=directory,
+        layers=name,
+        num_layers=len(layers),
+        dtype=compute_dtype,
+        needed=_needed(module, decoder),
+    )
+    _report(directory, adaptation, weights)
+    text = module.config.get_text_config()
+    return StreamedModel(
+        module=module,
+        config=module.config,
+        layers=tuple(layers),
+        resident=weights.resident,
+        layer_layouts=weights.layers,
+        dtype=compute_dtype,
+        device=device,
+        vocab_size=module.get_output_embeddings().weight.shape[0],
+        context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None),
+        splits_prompts=adaptation.splits_prompts,
+        adapters=adaptation.names,
+        _aliases=weights.aliases,
+        _inputs=adaptation.inputs,
+        _accepts=frozenset(inspect.signature(type(module).forward).parameters),
+    )
+
+
+def _load_config(directory: Path) -> Any:
+    """Read config.json with transformers' own classes, after the checks that make this safe and local."""
+    file = directory / "config.json"
+    raw = _read_json(file)
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in raw:
+            raise RemoteCodeError(
+                f"the model type {kind!r} is defined by Python code in the checkpoint, which Penstock never runs",
+                file=file,
+                fix="Use a checkpoint whose architecture is part of transformers.",
+            )
+        raise UnknownArchitectureError(
+            f"the installed transformers does not know the model type {kind!r}", file=file, fix="Upgrade transformers."
+        )
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedFormatError(
+            f"the weights are quantised with {method or 'an unnamed method'}, which is not supported",
+            file=file,
+            fix="Use the model's unquantised checkpoint.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"transformers refuses this config: {error}", file=file) from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise UnknownArchitectureError(f"{kind!r} is not a causal language model in transformers", file=file)
+    refuse(config)
+    return config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise MissingFileError(
+            f"cannot be read: {error.strerror}", file=file, fix="Name the directory that holds config.json."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"not JSON: {error}", file=file, fix="Download the file again.") from error
+    if not isinstance(raw, dict):
+        raise ModelError("not a model's config", file=file, wanted="an object", got=type(raw).__name__)
+    return raw
+
+
+def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry]) -> torch.dtype:
+    """Resolve "auto" as transformers does: the config's dtype, or else that of most of the checkpoint's bytes."""
+    if dtype != "auto":
+        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+        if chosen is None:
+            raise ConfigError("not a dtype to compute in", wanted=", ".join(("auto", *_DTYPES)), got=dtype)
+        return chosen
+    named = config.dtype or config.get_text_config().dtype
+    if named is not None:
+        found: torch.dtype = getattr(torch, named) if isinstance(named, str) else named
+        return found
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in tensors.values():
+        if DTYPES.get(entry.dtype) in _DTYPES.values():
+            sizes[DTYPES[entry.dtype]] += entry.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _build(config: Any, dtype: torch.dtype, directory: Path) -> Any:
+    """Build the module, then select the attention function: some families choose classes by its name while building."""
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    factory = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    try:
+        with _parameters_on_meta():
+            module = factory.from_config(config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+    except (ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers cannot build this {config.model_type} model: {error}", file=directory / "config.json"
+        ) from error
+    module.eval().requires_grad_(False)
+    for part in module.modules():
+        own = getattr(part, "config", None)
+        if own is not None and hasattr(own, "get_text_config"):
+            own.get_text_config()._attn_implementation = ATTENTION
+    return module
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Give large uninitialised tensors no memory: a fused expert parameter can exceed the host's RAM."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.numel() >= _LARGE_ELEMENTS:
+                return made
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device as it is registered; buffers stay, because many hold computed values."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _decoder_name(module: Any) -> str:
+    """Return the name of the text decoder inside a multimodal model; empty where the whole model is one."""
+    if module.config.get_text_config() is module.config:
+        return ""
+    decoder = module.get_decoder()
+    return next(name for name, part in module.named_modules() if part is decoder)
+
+
+def _needed(module: Any, decoder: str) -> Any:
+    """Return which parameters text needs: all, or the text decoder's and the head's."""
+    if not decoder:
+        return lambda _: True
+    head = next(name for name, part in module.named_modules() if part is module.get_output_embeddings())
+    return lambda name: name.startswith((f"{decoder}.", f"{head}."))
+
+
+def _find_layers(module: Any, decoder: str) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers: the module list of the class that transformers never splits across devices."""
+    whole = set(module._no_split_modules or ())
+    count = getattr(module.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        (any(type(layer).__name__ in whole for layer in part), len(part) == count, len(part), name, part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) and name.startswith(decoder)
+    ]
+    best = max(found, key=lambda candidate: candidate[:3], default=None)
+    if best is None or not (best[0] or best[1]):
+        raise UnsupportedModelError(f"no list of decoder layers in {type(module).__name__}")
+    return best[3], best[4]
+
+
+def _place_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move computed buffers, and tensors that modules keep as plain attributes, to the device."""
+    if device.type == "cpu":
+        return
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                vars(part)[name] = value.to(device)
+
+
+def _look_up(module: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(path), leaf)
+    return found
+
+
+def _report(directory: Path, adaptation: Adaptation, weights: WeightMap) -> None:
+    """Log each choice that was made without being asked."""
+    if adaptation.names:
+        logger.info("%s: own code for %s", directory, ", ".join(adaptation.names))
+    reasons = Counter(one.reason for layout in (weights.resident, *weights.layers) for one in layout.conversions)
+    for reason, count in reasons.most_common(5):
+        logger.info("%s: %d parameters are converted on arrival: %s", directory, count, reason)

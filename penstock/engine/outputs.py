@@ -1,0 +1,43 @@
+"""What comes back: vLLM's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's natural log-probability under the model, before temperature and truncation, and its rank from 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion. `finish_reason` is "stop" (end of text, or the `stop_reason` string) or "length".
+
+    `logprobs` holds one mapping for each of `token_ids`: the chosen token and the likeliest ones.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    finish_reason: str
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt with its completions; `request_id` is the prompt's number as text."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool = True

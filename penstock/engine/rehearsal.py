@@ -1,0 +1,108 @@
+"""Learn what a model costs by running it once without its weights.
+
+A few tokens go through the model with every layer bound to one buffer of zeros. Their keys, values and states tell
+what a sequence keeps, and the tensors that live meanwhile tell what a token needs: for every family, with no formula
+that knows families.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from penstock.engine.batch import MicroBatch, Span
+from penstock.engine.executor import Executor
+from penstock.engine.model.build import StreamedModel
+from penstock.offload.kv import KVStore
+from penstock.offload.plan import ModelShape
+
+__all__ = ["rehearse"]
+
+NUM_TOKENS = 32
+
+
+def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -> ModelShape:
+    """Run `NUM_TOKENS` tokens through zeros and return what the model costs.
+
+    Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.
+    """
+    layers = model.layer_layouts
+    resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8, device=model.device)
+    scratch = torch.zeros(max(layout.nbytes for layout in layers), dtype=torch.uint8, device=model.device)
+    model.bind_resident(resident)
+    for index in range(len(layers)):
+        model.bind_layer(index, scratch)
+    kv = KVStore()
+    kv.acquire(0, num_tokens=NUM_TOKENS)
+    batch = MicroBatch((Span(0, 0, NUM_TOKENS),), kv)
+    tokens = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=model.device)
+    keep = torch.tensor([NUM_TOKENS - 1], device=model.device)
+    watch = _Watch()
+    executor.weights = _Nothing(watch)
+    with watch:
+        (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])
+    row = logits.shape[-1] * logits.element_size()
+    cost = kv.measure()
+    kept = cost.of(NUM_TOKENS)
+    return ModelShape(
+        resident_nbytes=model.resident.nbytes,
+        fixed_nbytes=sampler_nbytes,
+        layer_nbytes=tuple(layout.nbytes for layout in layers),
+        wire_nbytes=tuple(layout.wire_nbytes for layout in layers),
+        workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS),
+        held_nbytes=-(-watch.held // NUM_TOKENS),
+        kv_token_nbytes=cost.token_nbytes,
+        kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
+    )
+
+
+class _Nothing:
+    """A weight source without weights, which looks at how much lives while a forward waits at a layer's entry."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self._watch = watch
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        if index == 0:
+            self._watch.held = self._watch.live
+        yield
+
+
+class _Watch(TorchDispatchMode):
+    """Adds up the storages that are made inside, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self.held = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := _key(leaf)) not in known and key not in self._seen:
+                storage = leaf.untyped_storage()
+                self._seen.add(key)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._seen.discard(key)
+        self.live -= nbytes
+
+
+def _key(tensor: Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key

@@ -1,0 +1,87 @@
+"""How much memory this process may still take: the machine's, and every control group's that encloses it.
+
+In a container /proc/meminfo is the host's, so the control groups are asked too: version 2 (`memory.max`, `memory.high`)
+and version 1 (`memory.limit_in_bytes`). File pages count as free, because the kernel gives them up under pressure;
+tmpfs pages do not, which is why the LRU counters are added up instead of taking `file` or `cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+__all__ = ["available_memory"]
+
+_FILESYSTEM_ROOT = Path("/")
+
+
+def available_memory(*, root: Path = _FILESYSTEM_ROOT) -> int:
+    """Return the bytes that can be allocated before the machine or a control group runs out; never negative.
+
+    `root` stands for the root of the file system under which /proc/self/cgroup and /sys/fs/cgroup are looked up.
+    """
+    limits = [int(psutil.virtual_memory().available)]
+    for group in _groups(root):
+        headroom = _headroom(group)
+        if headroom is not None:
+            limits.append(headroom)
+    return max(0, min(limits))
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Yield the directories of this process's memory control groups and of all that enclose them.
+
+    Inside a container the path in /proc/self/cgroup may be the host's, of which only the end or nothing is mounted;
+    directories that are not there are skipped, and the mount's root is always looked at.
+    """
+    mounts = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        hierarchy, controllers, path = line.split(":", 2)
+        if hierarchy == "0" and not controllers:
+            bases = [mounts, mounts / "unified"]
+        elif "memory" in controllers.split(","):
+            bases = [mounts / "memory", mounts / controllers]
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for base in bases:
+            for group in (inner, *inner.parents):
+                # A process outside its cgroup namespace's root sees "/../..".
+                if ".." not in group.parts:
+                    yield base / group
+
+
+def _headroom(group: Path) -> int | None:
+    """Return limit - (usage - file pages) of one control group, or None when it sets no limit."""
+    limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    known = [limit for limit in limits if limit is not None]
+    usage = _number(group / "memory.current")
+    if usage is None:
+        usage = _number(group / "memory.usage_in_bytes")
+    if not known or usage is None:
+        return None
+    return min(known) - (usage - min(usage, _file_bytes(group)))
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _file_bytes(group: Path) -> int:
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    counters = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+    # Version 1 has both the group's own counters and, with "total_", those that include its children.
+    return sum(counters.get(f"total_{name}", counters.get(name, 0)) for name in ("active_file", "inactive_file"))

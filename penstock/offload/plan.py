@@ -1,0 +1,189 @@
+"""The plan: what lives where, and how much goes through the model at once. A frozen value, made before allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from penstock.errors import BudgetError
+from penstock.offload.tiers import MemoryTiers, Tier, format_size
+
+__all__ = ["ModelShape", "PassLimits", "Plan", "make_plan"]
+
+MINIMUM_TOKENS = 16
+"""A budget must hold at least this many tokens: of context for one sequence, and in a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model costs, in bytes; measured, not derived from its config.
+
+    `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
+    `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels.
+    `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
+    `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes.
+    """
+
+    resident_nbytes: int
+    fixed_nbytes: int
+    layer_nbytes: tuple[int, ...]
+    wire_nbytes: tuple[int, ...]
+    workspace_nbytes: int
+    held_nbytes: int
+    kv_token_nbytes: int
+    kv_sequence_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights on the device, were they all there."""
+        return self.resident_nbytes + sum(self.layer_nbytes)
+
+    def workspace_of(self, micro_batch_tokens: int, pass_tokens: int) -> int:
+        """Bytes of activations that passes of this size need."""
+        return self.fixed_nbytes + self.workspace_nbytes * micro_batch_tokens + self.held_nbytes * pass_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch, tokens per pass."""
+
+    num_slots: int
+    micro_batch_tokens: int
+    pass_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where every layer lives and how the device's bytes are shared out.
+
+    `tiers` names each layer's tier. `device_nbytes` = resident unit + slots + device layers + workspace + `kv_nbytes`.
+    """
+
+    tiers: tuple[Tier, ...]
+    num_slots: int
+    slot_nbytes: int
+    micro_batch_tokens: int
+    pass_tokens: int
+    resident_nbytes: int
+    workspace_nbytes: int
+    kv_nbytes: int
+    device_layer_nbytes: int
+    host_nbytes: int
+    nvme_nbytes: int
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes that the device will hold at most."""
+        slots = self.num_slots * self.slot_nbytes
+        return self.resident_nbytes + slots + self.device_layer_nbytes + self.workspace_nbytes + self.kv_nbytes
+
+    def layers_in(self, tier: Tier) -> tuple[int, ...]:
+        """Return the indices of the layers that live in `tier`."""
+        return tuple(index for index, where in enumerate(self.tiers) if where == tier)
+
+    def explain(self) -> str:
+        """Say in a few lines where everything is."""
+        counts = {tier: len(self.layers_in(tier)) for tier in Tier}
+        return "\n".join(
+            (
+                f"device  {format_size(self.device_nbytes)}: resident unit {format_size(self.resident_nbytes)}, "
+                f"{counts[Tier.DEVICE]} layers {format_size(self.device_layer_nbytes)}, "
+                f"{self.num_slots} slots of {format_size(self.slot_nbytes)}, "
+                f"keys and values {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
+                f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}",
+                f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass",
+                f"pass    up to {self.pass_tokens} tokens in micro-batches of {self.micro_batch_tokens}",
+            )
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan for JSON."""
+        return asdict(self) | {"tiers": [str(tier) for tier in self.tiers], "device_nbytes": self.device_nbytes}
+
+
+def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan:
+    """Place a model. `tiers.device` and `tiers.host` must be known. Raises BudgetError, with what is short by how much.
+
+    A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
+    layers get half of what the slots leave, and keys and values all the rest.
+    """
+    assert tiers.device is not None
+    assert tiers.host is not None
+    micro, total = _tokens_that_fit(shape, tiers.device, limits)
+    workspace = shape.workspace_of(micro, total)
+    room = tiers.device - shape.resident_nbytes - workspace
+    everything = range(len(shape.layer_nbytes))
+    num_slots = 0
+    on_device = _spread(shape.layer_nbytes, room * 4 // 5, everything)
+    if len(on_device) < len(everything):
+        largest = max(shape.layer_nbytes)
+        num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) // (2 * largest)))
+        on_device = _spread(shape.layer_nbytes, (room - num_slots * largest) // 2, everything)
+    streamed = [index for index in everything if index not in on_device]
+    in_host = _spread(shape.wire_nbytes, tiers.host, streamed)
+    on_disk = [index for index in streamed if index not in in_host]
+    nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
+    if tiers.nvme is not None and nvme_nbytes > tiers.nvme:
+        raise BudgetError(
+            "the layers that fit neither the device nor host RAM are more than may be left on NVMe",
+            wanted=f"at most {format_size(tiers.nvme)}",
+            got=format_size(nvme_nbytes),
+            fix=f"Give the host {format_size(nvme_nbytes - tiers.nvme)} more, or raise the NVMe limit.",
+        )
+    slot_nbytes = max((shape.layer_nbytes[index] for index in streamed), default=0)
+    num_slots = min(num_slots, len(streamed))
+    device_layers = sum(shape.layer_nbytes[index] for index in on_device)
+    return Plan(
+        tiers=tuple(
+            Tier.DEVICE if index in on_device else Tier.HOST if index in in_host else Tier.NVME for index in everything
+        ),
+        num_slots=num_slots,
+        slot_nbytes=slot_nbytes,
+        micro_batch_tokens=micro,
+        pass_tokens=total,
+        resident_nbytes=shape.resident_nbytes,
+        workspace_nbytes=workspace,
+        kv_nbytes=room - device_layers - num_slots * slot_nbytes,
+        device_layer_nbytes=device_layers,
+        host_nbytes=sum(shape.wire_nbytes[index] for index in in_host),
+        nvme_nbytes=nvme_nbytes,
+    )
+
+
+def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) -> tuple[int, int]:
+    """Halve micro-batch and pass until their workspace takes at most a quarter of what the weights leave, or fits."""
+    fixed = shape.resident_nbytes + max(shape.layer_nbytes) + _minimum_kv(shape)
+    room = device_nbytes - fixed
+    micro, total = limits.micro_batch_tokens, max(limits.pass_tokens, limits.micro_batch_tokens)
+
+    while shape.workspace_of(micro, total) * 4 > room and (micro > MINIMUM_TOKENS or total > MINIMUM_TOKENS):
+        if total > micro:
+            total = max(micro, total // 2)
+        else:
+            micro = total = max(MINIMUM_TOKENS, micro // 2)
+    workspace = shape.workspace_of(micro, total)
+    if workspace > room:
+        minimum = fixed + workspace
+        raise BudgetError(
+            "the device budget is too small for one layer plus the resident unit",
+            wanted=f"at least {minimum} bytes ({format_size(minimum)}): resident unit "
+            f"{format_size(shape.resident_nbytes)}, largest layer {format_size(max(shape.layer_nbytes))}, "
+            f"keys, values and workspace of {micro} tokens {format_size(workspace + _minimum_kv(shape))}",
+            got=f"{device_nbytes} bytes ({format_size(device_nbytes)})",
+            fix="Raise the device memory.",
+        )
+    return micro, total
+
+
+def _minimum_kv(shape: ModelShape) -> int:
+    return shape.kv_sequence_nbytes + shape.kv_token_nbytes * MINIMUM_TOKENS
+
+
+def _spread(sizes: Sequence[int], budget: int, candidates: Sequence[int]) -> frozenset[int]:
+    """Choose as many of `candidates` as fit `budget`, evenly spread, so that streamed layers have time to arrive."""
+    for count in range(len(candidates), 0, -1):
+        chosen = [candidates[(2 * k + 1) * len(candidates) // (2 * count)] for k in range(count)]
+        if sum(sizes[index] for index in chosen) <= budget:
+            return frozenset(chosen)
+    return frozenset()

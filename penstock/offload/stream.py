@@ -1,0 +1,249 @@
+"""The weight stream: hands out layers in order while later ones are already on their way.
+
+Layers that live on the device have buffers of their own. All others share a few slots: streamed layer number s always
+uses slot s mod num_slots, so parameters are bound to their slot once and never again. A slot goes round its own cycle
+of layers; as soon as a layer's work has been issued its slot is refilled with the next of the cycle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from penstock.errors import ClosedError
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.choose import open_reader
+from penstock.io.memory import HostMemory
+from penstock.io.reader import ALIGNMENT, ReaderStatistics
+from penstock.offload.buffers import convert
+from penstock.offload.chunks import Chunk, plan_chunks
+from penstock.offload.copies import Copies, copies_for
+from penstock.offload.lane import DiskLane, Fetch, Ring
+from penstock.offload.layout import Layout
+from penstock.offload.plan import Plan
+from penstock.offload.tiers import Tier
+
+__all__ = ["StreamStatistics", "WeightStream"]
+
+STAGING_REGIONS = 4
+STAGING_REGION_NBYTES = 32 * 1024 * 1024
+"""The staging ring takes at most 4 × 32 MiB of host RAM: 128 MB in flight keep a disk of 12 GB/s busy for 10 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatistics:
+    """What has moved so far, in bytes and seconds.
+
+    `device_bytes` counts bytes copied into slots and device layers, `disk` what the reader delivered, `stall_seconds`
+    for how long computing waited for weights.
+    """
+
+    device_bytes: int
+    disk: ReaderStatistics
+    stall_seconds: float
+
+
+class _Slot:
+    """One reusable buffer; `layer` is the layer that is in it or on its way."""
+
+    def __init__(self, buffer: Tensor, cycle: Sequence[int]) -> None:
+        self.buffer = buffer
+        self.cycle = cycle
+        self.layer: int | None = None
+        self.arrived: Future[Any] = Future()
+        self.released: Any = None
+
+    def following(self, layer: int) -> int:
+        """Return the layer that uses this slot after `layer`; the last of a pass is followed by the first."""
+        return self.cycle[(self.cycle.index(layer) + 1) % len(self.cycle)]
+
+
+class WeightStream:
+    """Streams a planned model's layers; a `WeightSource`, and a context manager.
+
+    `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
+    resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        checkpoint: Checkpoint,
+        resident: Layout,
+        layers: Sequence[Layout],
+        device: torch.device,
+        io_backend: str = "auto",
+    ) -> None:
+        self._layouts = tuple(layers)
+        self._resident_layout = resident
+        self._device = device
+        self._copies = copies_for(device)
+        self._moved = 0
+        self._stalled = 0.0
+        self._closed = False
+        self._exit = ExitStack()
+        with ExitStack() as cleanup:
+            self.resident = self._allocate(resident.nbytes, cleanup)
+            self._place(plan, cleanup)
+            self._open_disk(checkpoint, io_backend, cleanup)
+            self._exit = cleanup.pop_all()
+
+    def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
+        """Return a buffer on the device, aligned to at least 256 bytes; on the CPU in huge pages."""
+        if self._device.type != "cpu":
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return torch.frombuffer(cleanup.enter_context(HostMemory(nbytes)).view, dtype=torch.uint8)
+
+    def _place(self, plan: Plan, cleanup: ExitStack) -> None:
+        on_device = plan.layers_in(Tier.DEVICE)
+        self._own = {index: self._allocate(self._layouts[index].nbytes, cleanup) for index in on_device}
+        streamed = [index for index in range(len(self._layouts)) if index not in self._own]
+        self._slots = [
+            _Slot(self._allocate(plan.slot_nbytes, cleanup), streamed[number :: plan.num_slots])
+            for number in range(plan.num_slots)
+        ]
+        self._slot_of = {index: slot for slot in self._slots for index in slot.cycle}
+        self._rest: dict[int, Tensor] = {}
+        in_host = plan.layers_in(Tier.HOST)
+        if in_host:
+            slab = cleanup.enter_context(HostMemory(plan.host_nbytes, pin=self._device.type == "cuda"))
+            whole = torch.frombuffer(slab.view, dtype=torch.uint8)
+            start = 0
+            for index in in_host:
+                self._rest[index] = whole[start : start + self._layouts[index].wire_nbytes]
+                start += self._layouts[index].wire_nbytes
+
+    def _open_disk(self, checkpoint: Checkpoint, io_backend: str, cleanup: ExitStack) -> None:
+        units = (self._resident_layout, *self._layouts)
+        largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
+        region = min(STAGING_REGION_NBYTES, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
+        staging = cleanup.enter_context(HostMemory(STAGING_REGIONS * region, pin=self._device.type == "cuda"))
+        reader, self.reader_choice = open_reader(io_backend, checkpoint.files[0], staging.view[:region])
+        self._reader = cleanup.enter_context(reader)
+        self._chunks: list[Sequence[Chunk]] = [
+            plan_chunks(layout.extents, chunk_nbytes=region) for layout in self._layouts
+        ]
+        self._resident_chunks = plan_chunks(self._resident_layout.extents, chunk_nbytes=region)
+        self._lane = DiskLane(reader, Ring(staging, num_regions=STAGING_REGIONS))
+        cleanup.callback(self._lane.close)
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="penstock-copy")
+        cleanup.callback(self._copier.shutdown)
+
+    def buffer_of(self, index: int) -> Tensor:
+        """Return the buffer in which layer `index` is found while it is handed out."""
+        return self._own[index] if index in self._own else self._slot_of[index].buffer
+
+    def load(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read what stays in the device and host tiers, then start on the first layers of a pass.
+
+        `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError or FileChangedError.
+        """
+        fetches = [self._fetch_from_disk(self._resident_chunks, self.resident, self._resident_layout)]
+        for index, buffer in self._own.items():
+            fetches.append(self._fetch_from_disk(self._chunks[index], buffer, self._layouts[index]))
+        for index, buffer in self._rest.items():
+            origin = self._layouts[index].wire_offset
+            fetches.append(Fetch(self._chunks[index], buffer, origin, Copies()))
+        for fetch in fetches:
+            self._lane.start(fetch)
+        total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
+        done = 0
+        for fetch in fetches:
+            fetch.copies.block_until(fetch.arrived.result())
+            done += sum(chunk.nbytes for chunk in fetch.chunks)
+            if progress:
+                progress(done, total)
+        for slot in self._slots:
+            self._refill(slot, slot.cycle[0])
+
+    def _fetch_from_disk(self, chunks: Sequence[Chunk], buffer: Tensor, layout: Layout, after: Any = None) -> Fetch:
+        self._moved += sum(chunk.nbytes for chunk in chunks)
+        return Fetch(chunks, buffer, 0, self._copies, layout, after)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        """Hand out one layer: computing issued inside finds its weights in place."""
+        if self._closed:
+            raise ClosedError("the weight stream is closed")
+        slot = self._slot_of.get(index)
+        if slot is None:
+            yield
+            return
+        if slot.layer != index:
+            self._refill(slot, index)
+        start = time.perf_counter()
+        try:
+            arrived = slot.arrived.result()
+        except BaseException:
+            slot.layer = None
+            raise
+        self._stalled += time.perf_counter() - start
+        self._copies.wait_for_copies(arrived)
+        try:
+            yield
+        finally:
+            slot.released = self._copies.computed()
+            self._refill(slot, slot.following(index))
+
+    def _refill(self, slot: _Slot, index: int) -> None:
+        """Bring layer `index` into a slot whose layer has been computed, unless it is there."""
+        if slot.layer == index:
+            return
+        if slot.layer is not None:
+            slot.arrived.exception()
+        slot.layer = index
+        if index in self._rest:
+            slot.arrived = Future()
+            if self._copies.asynchronous:
+                self._fetch_from_host(slot, index, slot.arrived)
+            else:
+                self._copier.submit(self._fetch_from_host, slot, index, slot.arrived)
+        else:
+            fetch = self._fetch_from_disk(self._chunks[index], slot.buffer, self._layouts[index], slot.released)
+            slot.arrived = fetch.arrived
+            self._lane.start(fetch)
+
+    def _fetch_from_host(self, slot: _Slot, index: int, arrived: Future[Any]) -> None:
+        layout = self._layouts[index]
+        try:
+            with self._copies.issue():
+                self._copies.wait_for_computing(slot.released)
+                self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
+                convert(layout, slot.buffer)
+                arrived.set_result(self._copies.mark())
+        except Exception as error:  # noqa: BLE001
+            arrived.set_exception(error)
+        self._moved += layout.wire_nbytes
+
+    def statistics(self) -> StreamStatistics:
+        """Return a snapshot."""
+        stalled = self._stalled + self._copies.stall_seconds()
+        return StreamStatistics(self._moved, self._reader.statistics(), stalled)
+
+    def close(self) -> None:
+        """Let what is under way end, then give all memory back. Tensors bound to it must not be used any more."""
+        if not self._closed:
+            self._closed = True
+            for slot in self._slots:
+                if slot.layer is not None:
+                    slot.arrived.exception()
+            self._own.clear()
+            self._rest.clear()
+            self._slots.clear()
+            self._slot_of.clear()
+            del self.resident
+            self._exit.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,137 @@
+"""Tiny random checkpoints, transformers' own answers to them, and the same through streamed layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from penstock.engine.batch import MicroBatch, Span
+from penstock.engine.executor import Executor
+from penstock.engine.model.build import StreamedModel, load_model
+from penstock.offload.kv import KVStore
+from penstock.offload.source import SynchronousWeights, read_unit
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+PROMPTS = [[5, 17, 33, 99, 101, 7, 12, 200, 45, 3, 77, 150], [9, 8, 250, 31], [60, 61, 62, 63, 64, 65, 66, 67],
+           [11, 22], [199, 12, 13, 14, 15, 16, 17, 18, 19]]  # fmt: skip
+ANSWERS = [[41, 42, 43, 44], [51, 52, 53, 54], [71, 72, 73, 74], [81, 82, 83, 84], [91, 92, 93, 94]]
+
+
+def make_config(settings: dict[str, Any], name: str) -> Any:
+    settings = copy.deepcopy(settings)
+    return AutoConfig.for_model(settings.pop("model_type", name), **settings)
+
+
+def save_checkpoint(config: Any, path: Path, *, dtype: torch.dtype = torch.float32, shard: str = "150KB") -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    randomize(model)
+    model.save_pretrained(path, max_shard_size=shard)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Give every weight a value that matters: initial ones are often zero or one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator)
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or any(part in name for part in ("norm", "A_log", "conv1d")):
+            parameter.add_(noise(parameter) * 0.1)
+        elif any(part in name for part in ("embed", "wte", "wpe")):
+            parameter.copy_(noise(parameter) * 0.5)
+        else:
+            fan = parameter.shape[-1] if parameter.dim() == 2 else min(parameter.shape[-2:])
+            parameter.copy_(noise(parameter) * (1.2 / fan**0.5))
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name or "moe_statics" in name:
+            buffer.copy_(noise(buffer) * 0.2)
+
+
+@torch.no_grad()
+def reference(path: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return transformers' logits [tokens, vocab] of every prompt and its answer, one sequence at a time, no cache."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
+    sequences = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    return [model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for tokens in sequences]
+
+
+@dataclass(slots=True)
+class Stream:
+    """A model whose layers go through one slot."""
+
+    model: StreamedModel
+    executor: Executor
+    kv: KVStore
+
+    @classmethod
+    def open(cls, path: Path, *, dtype: str = "auto") -> Stream:
+        model = load_model(path, dtype=dtype)
+        resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8)
+        read_unit(model.resident, resident)
+        model.bind_resident(resident)
+        slot = torch.zeros(max(layout.nbytes for layout in model.layer_layouts), dtype=torch.uint8)
+        for index in range(len(model.layers)):
+            model.bind_layer(index, slot)
+        model.check_bound()
+        executor = Executor(model.layers)
+        executor.weights = SynchronousWeights(model.layer_layouts, slot)
+        return cls(model, executor, KVStore())
+
+    def run(self, batches: Sequence[Sequence[tuple[int, int, int]]]) -> list[Tensor]:
+        """Run a pass over micro-batches of (sequence, start, end); return the logits of every span, in order."""
+        runs = []
+        for spans in batches:
+            tokens = [(PROMPTS[s] + ANSWERS[s])[start:end] for s, start, end in spans]
+            flat = torch.tensor([token for part in tokens for token in part])
+            batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv)
+            runs.append((batch, lambda batch=batch, flat=flat: self.model.forward(batch, flat, torch.arange(len(flat)))))
+        logits = self.executor.run_pass(runs)
+        lengths = [[end - start for _, start, end in spans] for spans in batches]
+        return [part for made, sizes in zip(logits, lengths, strict=True) for part in made.split(sizes)]
+
+
+def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
+    """Return the largest error over a ragged prefill, decode steps, and a pass that mixes a chunked prompt and decode."""
+    for sequence, prompt in enumerate(PROMPTS):
+        stream.kv.acquire(sequence, num_tokens=len(prompt) + len(ANSWERS[sequence]))
+    sizes = [len(prompt) for prompt in PROMPTS]
+    error = 0.0
+
+    def run(*batches: list[tuple[int, int, int]]) -> None:
+        nonlocal error
+        spans = [span for batch in batches for span in batch]
+        for (sequence, start, end), logits in zip(spans, stream.run(batches), strict=True):
+            error = max(error, (logits - wanted[sequence][start:end]).abs().max().item())
+
+    run([(0, 0, sizes[0]), (1, 0, sizes[1]), (2, 0, sizes[2])], [(3, 0, sizes[3]), (4, 0, sizes[4])])
+    for step in range(3):
+        run([(s, sizes[s] + step, sizes[s] + step + 1) for s in (0, 1, 2)],
+            [(s, sizes[s] + step, sizes[s] + step + 1) for s in (3, 4)])  # fmt: skip
+    for sequence in (0, 4):  # two sequences leave, and start again
+        stream.kv.release(sequence)
+        stream.kv.acquire(sequence, num_tokens=sizes[sequence] + len(ANSWERS[sequence]))
+    cut = 5 if stream.model.splits_prompts else sizes[0]
+    run([(2, sizes[2] + 3, sizes[2] + 4), (0, 0, cut), (3, sizes[3] + 3, sizes[3] + 4)], [(4, 0, sizes[4])])
+    if cut < sizes[0]:
+        run([(4, sizes[4], sizes[4] + 1), (0, cut, 9), (1, sizes[1] + 3, sizes[1] + 4)])
+        run([(0, 9, sizes[0])])
+    run([(0, sizes[0], sizes[0] + 1)])
+    stream.kv.check_integrity()
+    for sequence in range(len(PROMPTS)):
+        stream.kv.release(sequence)
+    stream.kv.check_integrity()
+    return error
