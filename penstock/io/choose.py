@@ -45,8 +45,8 @@ def open_reader(name: ReaderName, sample: SourceFile, memory: memoryview) -> tup
 
     Each is tried by reading the start of `sample` into the start of `memory`, which is overwritten, and comparing with
     a plain read. `memory` is of the kind that will be read into later; its address is a multiple of `ALIGNMENT`, and it
-    is at least that long. The caller closes the reader. Raises ConfigError when the reader asked for does not work here,
-    and ReadError when none does.
+    is at least that long. The caller closes the reader. Raises ConfigError when the reader asked for does not work
+    here, and ReadError when none does.
     """
     expected = _plain_read(sample, min(_PROBE_BYTES, memory.nbytes // ALIGNMENT * ALIGNMENT))
     memory = memory[: -(-len(expected) // ALIGNMENT) * ALIGNMENT]

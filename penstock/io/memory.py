@@ -159,7 +159,7 @@ def _pin(owner: HostMemory, address: int, nbytes: int) -> weakref.finalize[..., 
     if not torch.cuda.is_available():
         logger.warning("host memory is not pinned: torch sees no CUDA device; copies will be slower")
         return None
-    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cudart: Any = torch.cuda.cudart()
     status = cudart.cudaHostRegister(address, nbytes, _CUDA_HOST_REGISTER_PORTABLE)
     if int(status) == 0:
         return weakref.finalize(owner, cudart.cudaHostUnregister, address)

@@ -232,15 +232,19 @@ class WeightStream:
         """Let what is under way end, then give all memory back. Tensors bound to it must not be used any more."""
         if not self._closed:
             self._closed = True
-            for slot in self._slots:
-                if slot.layer is not None:
-                    slot.arrived.exception()
+            self._settle()
             self._own.clear()
             self._rest.clear()
             self._slots.clear()
             self._slot_of.clear()
             del self.resident
             self._exit.close()
+
+    def _settle(self) -> None:
+        """Wait until nothing is on its way into a slot."""
+        for slot in self._slots:
+            if slot.layer is not None:
+                slot.arrived.exception()
 
     def __enter__(self) -> Self:
         return self
