@@ -93,9 +93,8 @@ class LibaioReader(DiskReader):
 
     def _worth_waiting_for(self, batch: _Batch) -> int:
         """Return how many events to wait for at once: all of the batch's, or enough to refill half of a full ring."""
-        if self._pending:
-            return max(1, len(self._in_flight) // 2)
-        return min(max(1, batch.in_flight), self._capacity)
+        wanted = len(self._in_flight) // 2 if self._pending else batch.in_flight
+        return max(1, min(wanted, self._capacity))
 
     def _start(self) -> None:
         """Submit pending blocks until none is left or the kernel takes no more."""
@@ -178,7 +177,9 @@ class LibaioReader(DiskReader):
             read_now(block)
         except PenstockError as error:
             batch.error = batch.error or error
-        self._finish(block, batch, delivered=batch.error is None)
+            self._finish(block, batch, delivered=False)
+        else:
+            self._finish(block, batch, delivered=True)
 
     def _finish(self, block: Block, batch: _Batch, *, delivered: bool) -> None:
         batch.remaining -= 1

@@ -118,7 +118,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     on_device = _spread(shape.layer_nbytes, room * 4 // 5, everything)
     if len(on_device) < len(everything):
         largest = max(shape.layer_nbytes)
-        num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) // (2 * largest)))
+        num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) * 3 // (4 * largest)))
         on_device = _spread(shape.layer_nbytes, (room - num_slots * largest) // 2, everything)
     streamed = [index for index in everything if index not in on_device]
     in_host = _spread(shape.wire_nbytes, tiers.host, streamed)

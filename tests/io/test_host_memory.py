@@ -168,3 +168,11 @@ def test_pinned_memory_is_pinned_to_torch():
         tensor.fill_(3)
         assert tensor.to("cuda", non_blocking=True).sum().item() == 3 * (HUGE_PAGE + 1)
         del tensor
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_refused_registration_leaves_no_error_behind(caplog):
+    with HostMemory(HUGE_PAGE, pin=True) as memory:
+        assert memory_module._pin(memory, memory.address, HUGE_PAGE) is None  # registered already
+        assert "cudaHostRegister" in caplog.text
+        assert torch.ones(3, device="cuda").sum().item() == 3

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from penstock.engine.batch import CURRENT, Span
+from penstock.errors import UnsupportedModelError
 
 __all__ = ["ATTENTION", "Rule", "attend", "attend_spans", "penstock_attention", "rule_of"]
 
@@ -27,6 +28,9 @@ ATTENTION = "penstock"
 
 _SCORE_ELEMENTS = 1 << 24
 """Queries are taken in blocks so that scores and masks stay below this many elements (64 MiB of float32)."""
+
+_FLASH_SIZE = 256
+"""Head sizes up to this have kernels that make no scores; others would make all of them at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,16 @@ def penstock_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,  # noqa: ARG001 (transformers passes it; there is none)
+    attention_mask: Tensor | None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Attend: query [1, Hq, T, D], key [1, H, T, D], value [1, H, T, Dv] of all spans -> [1, T, Hq, Dv].
 
     An adapter may have put its own function on the module as `penstock_attention`.
     """
-    own = getattr(module, "penstock_attention", None)
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} computes attention masks of its own")
+    own: Any = getattr(module, "penstock_attention", None)
     if own is not None:
         attended: Tensor = own(query, key, value, **arguments)
     else:
@@ -105,9 +111,15 @@ def rule_of(
     )
 
 
-def attend_spans(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    """Store the new keys and values of every span and attend, sequence by sequence; same shapes as the interface."""
+def attend_spans(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, layer: int | None = None
+) -> Tensor:
+    """Store the new keys and values of every span and attend, sequence by sequence; same shapes as the interface.
+
+    The store knows them by `layer`, the module's own number unless given.
+    """
     batch = CURRENT.get()
+    layer = module.layer_idx if layer is None else layer
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     shared = module.kv_shared_layer_index if getattr(module, "is_kv_shared_layer", False) else None
     made = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
@@ -115,7 +127,7 @@ def attend_spans(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: R
     for span in batch.spans:
         end = begin + span.length
         if shared is None:
-            rows = batch.kv.append(module.layer_idx, span.sequence, span.start, keys[begin:end], values[begin:end])
+            rows = batch.kv.append(layer, span.sequence, span.start, keys[begin:end], values[begin:end])
         else:
             rows = batch.kv.read(shared, span.sequence)
         attend(query[0, :, begin:end], rows[0], rows[1], span, rule, out=made[0, begin:end])
@@ -126,8 +138,8 @@ def attend_spans(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: R
 def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, *, out: Tensor) -> None:
     """Attend for one span: query [Hq, n, D], keys [L, H, D], values [L, H, Dv] into out [n, Hq, Dv]."""
     key, value = keys.transpose(0, 1), values.transpose(0, 1)
-    whole = span.start == 0 and rule.plain and _sees_all(rule, span.end)
-    if whole and span.length > 1:
+    fast = key.shape[-1] == value.shape[-1] <= _FLASH_SIZE
+    if fast and rule.plain and span.start == 0 and span.length > 1 and _sees_all(rule, span.end):
         grouped = query.shape[0] != key.shape[0]
         made = F.scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=rule.scale, enable_gqa=grouped

@@ -144,7 +144,7 @@ def load_model(
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
     _place_buffers(module, device)
-    adaptation = adapt(module, layers)
+    adaptation = adapt(module, layers, device)
     weights = map_weights(
         module,
         checkpoint.tensors,

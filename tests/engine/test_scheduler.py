@@ -1,0 +1,92 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.engine.sampling_params import SamplingParams
+from penstock.engine.scheduler import Scheduler
+from penstock.engine.sequence import Sequence
+from penstock.errors import BudgetError
+from penstock.offload.kv import KVCost, KVStore
+
+
+def sequence(number, prompt, new):
+    return Sequence(number, None, tuple(range(prompt)), SamplingParams(max_tokens=new), prompt + new)
+
+
+jobs = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12)
+
+
+@given(jobs, st.integers(1, 20), st.integers(1, 60), st.integers(52, 200), st.booleans())
+def test_every_token_of_every_sequence_runs_once_and_in_order(jobs, micro, total, room, splits):
+    """Random jobs through random limits, with a fake model that ends each sequence after its own number of tokens."""
+    micro = micro if splits else max(micro, 40)
+    kv = KVStore(limit_nbytes=room, cost=KVCost(1))
+    scheduler = Scheduler(kv, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=splits)
+    sequences = [sequence(number, prompt, new) for number, (prompt, new) in enumerate(jobs)]
+    for one in sequences:
+        scheduler.add(one)
+    seen = {one.number: 0 for one in sequences}
+    started = []
+    for _ in range(10_000):
+        schedule = scheduler.schedule()
+        if not schedule.micro_batches:
+            break
+        kv.check_integrity()
+        decoding = sum(bool(one.output_ids) for one in scheduler.running)
+        if splits:
+            assert schedule.num_tokens <= max(total, decoding)
+        for spans in schedule.micro_batches:
+            assert spans
+            length = sum(span.length for span in spans)
+            assert length <= micro
+            for span in spans:
+                assert span.start == seen[span.sequence], "tokens run in order, once"
+                seen[span.sequence] = span.end
+                if span.start == 0:
+                    started.append(span.sequence)
+        for one in scheduler.computed(schedule):
+            one.output_ids.append(7)
+            if one.num_tokens == one.capacity:
+                scheduler.finish(one)
+    assert started == sorted(seen), "requests start in order"
+    assert all(len(one.output_ids) == one.params.max_tokens for one in sequences)
+    assert all(seen[one.number] == one.capacity - 1 for one in sequences), "the last token is never run"
+    assert kv.statistics().nbytes == 0
+
+
+def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():
+    kv = KVStore(limit_nbytes=1000, cost=KVCost(1))
+    scheduler = Scheduler(kv, micro_batch_tokens=8, pass_tokens=10, splits_prompts=True)
+    scheduler.add(sequence(0, 3, 5))
+    first = scheduler.schedule()
+    for one in scheduler.computed(first):
+        one.output_ids.append(1)
+    scheduler.add(sequence(1, 30, 5))
+    (one, two) = scheduler.schedule().micro_batches
+    assert [(span.sequence, span.length) for span in one] == [(0, 1), (1, 7)]
+    assert [(span.sequence, span.start, span.length) for span in two] == [(1, 7, 2)]
+
+
+def test_what_can_never_fit_says_what_is_short():
+    scheduler = Scheduler(
+        KVStore(limit_nbytes=10, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=8, splits_prompts=True
+    )
+    scheduler.add(sequence(0, 8, 8))
+    with pytest.raises(BudgetError, match="wanted 16 bytes, got 10 bytes free"):
+        scheduler.schedule()
+
+
+def test_a_prompt_that_must_stay_whole_has_to_fit_a_micro_batch():
+    scheduler = Scheduler(KVStore(), micro_batch_tokens=8, pass_tokens=8, splits_prompts=False)
+    with pytest.raises(BudgetError, match="cannot take prompts in parts"):
+        scheduler.add(sequence(0, 9, 1))
+
+
+def test_abort_gives_everything_back():
+    kv = KVStore(limit_nbytes=100, cost=KVCost(1))
+    scheduler = Scheduler(kv, micro_batch_tokens=8, pass_tokens=8, splits_prompts=True)
+    for number in range(3):
+        scheduler.add(sequence(number, 8, 8))
+    scheduler.schedule()
+    scheduler.abort()
+    assert kv.statistics().num_sequences == kv.statistics().nbytes == scheduler.num_waiting == 0

@@ -1,0 +1,181 @@
+"""The weight stream hands out the same bytes as a plain read, whatever the tiers, slots and reader."""
+
+import pytest
+import torch
+
+from penstock.engine.model.build import load_model
+from penstock.errors import ClosedError, FileChangedError, PenstockError
+from penstock.io.checkpoint import Checkpoint
+from penstock.offload.plan import Plan
+from penstock.offload.source import read_unit
+from penstock.offload.stream import WeightStream
+from penstock.offload.tiers import Tier
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return load_model(tiny_llama, dtype="auto", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Each layer's bytes, read plainly, with the gaps between parameters blanked."""
+    result = []
+    for layout in model.layer_layouts:
+        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        read_unit(layout, buffer)
+        result.append(_parameters(layout, buffer))
+    return result
+
+
+def _parameters(layout, buffer):
+    return [buffer[view.offset : view.offset + view.nbytes].cpu().clone() for view in layout.parameters]
+
+
+def plan(tiers, num_slots, model):
+    layouts = model.layer_layouts
+    return Plan(
+        tiers=tuple(tiers),
+        num_slots=num_slots,
+        slot_nbytes=max(layout.nbytes for layout in layouts) if num_slots else 0,
+        micro_batch_tokens=1,
+        pass_tokens=1,
+        resident_nbytes=model.resident.nbytes,
+        workspace_nbytes=0,
+        kv_nbytes=0,
+        device_layer_nbytes=0,
+        host_nbytes=sum(layouts[i].wire_nbytes for i, tier in enumerate(tiers) if tier == Tier.HOST),
+        nvme_nbytes=0,
+    )
+
+
+def open_stream(tiny_llama, model, tiers, num_slots, device, io_backend="auto"):
+    return WeightStream(
+        plan(tiers, num_slots, model),
+        checkpoint=Checkpoint.open(tiny_llama),
+        resident=model.resident,
+        layers=model.layer_layouts,
+        device=torch.device(device),
+        io_backend=io_backend,
+    )
+
+
+D, H, N = Tier.DEVICE, Tier.HOST, Tier.NVME
+PLACEMENTS = [
+    ([N] * 6, 1),
+    ([N] * 6, 2),
+    ([N] * 6, 4),
+    ([H] * 6, 1),
+    ([H] * 6, 3),
+    ([D] * 6, 0),
+    ([D, H, N, D, H, N], 2),
+    ([H, N, H, N, N, D], 3),
+    ([N, D, D, D, D, D], 1),
+]
+
+
+@pytest.mark.parametrize("io_backend", ["libaio", "threads", "aiofiles"])
+@pytest.mark.parametrize(("tiers", "num_slots"), PLACEMENTS)
+def test_layers_are_those_of_the_checkpoint(tiny_llama, model, expected, device, tiers, num_slots, io_backend):
+    with open_stream(tiny_llama, model, tiers, num_slots, device, io_backend) as stream:
+        loaded = []
+        stream.load(lambda done, total: loaded.append((done, total)))
+        assert loaded[-1][0] == loaded[-1][1]
+        for _ in range(3):
+            for index, layout in enumerate(model.layer_layouts):
+                with stream.layer(index):
+                    found = _parameters(layout, stream.buffer_of(index))
+                assert all(map(torch.equal, found, expected[index])), f"layer {index}"
+        resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8)
+        read_unit(model.resident, resident)
+        assert all(map(torch.equal, _parameters(model.resident, stream.resident), _parameters(model.resident, resident)))
+
+
+def test_a_pass_that_was_broken_off_does_no_harm(tiny_llama, model, expected, device):
+    with open_stream(tiny_llama, model, [N, H] * 3, 2, device) as stream:
+        stream.load()
+        for stop in (1, 4, 0, 5):
+            for index in range(stop + 1):
+                try:
+                    with stream.layer(index):
+                        if index == stop:
+                            raise KeyError
+                except KeyError:
+                    break
+            for index, layout in enumerate(model.layer_layouts):
+                with stream.layer(index):
+                    assert all(map(torch.equal, _parameters(layout, stream.buffer_of(index)), expected[index]))
+
+
+def test_streamed_bytes_are_counted(tiny_llama, model, device):
+    with open_stream(tiny_llama, model, [D, H, N, N, N, N], 1, device) as stream:
+        stream.load()
+        before = stream.statistics()
+        for _ in range(2):
+            for index in range(6):
+                with stream.layer(index):
+                    pass
+        after = stream.statistics()
+    layer = model.layer_layouts[0].wire_nbytes
+    moved = after.device_bytes - before.device_bytes
+    assert 10 * layer - 6000 <= moved <= 10 * layer
+    assert after.disk.bytes_read - before.disk.bytes_read >= 8 * (layer - 1000)
+
+
+def test_a_layer_that_fits_its_slot_for_good_is_read_once(tiny_llama, model, device):
+    with open_stream(tiny_llama, model, [N, D, D, D, D, D], 1, device) as stream:
+        stream.load()
+        with stream.layer(0):
+            pass
+        before = stream.statistics().disk.bytes_read
+        for _ in range(3):
+            with stream.layer(0):
+                pass
+        assert stream.statistics().disk.bytes_read == before
+
+
+def test_a_shard_that_is_cut_short_while_running_is_named(tiny_llama, model, device, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    broken = load_model(copy, dtype="auto", device="cpu")
+    with open_stream(copy, broken, [N] * 6, 1, device) as stream:
+        stream.load()
+        with stream.layer(0):
+            pass
+        victim = broken.layer_layouts[5].extents[0].file.path
+        with victim.open("r+b") as file:
+            file.truncate(1000)
+        with pytest.raises(PenstockError) as caught:
+            for index in range(1, 6):
+                with stream.layer(index):
+                    pass
+        assert isinstance(caught.value, FileChangedError)
+        assert str(victim) in str(caught.value)
+        with stream.layer(0):
+            pass
+
+
+def test_use_after_close_is_refused_and_closing_twice_is_fine(tiny_llama, model, device):
+    stream = open_stream(tiny_llama, model, [N] * 6, 2, device)
+    stream.load()
+    stream.close()
+    stream.close()
+    with pytest.raises(ClosedError), stream.layer(0):
+        pass
+
+
+def test_closing_leaves_no_thread_and_no_descriptor(tiny_llama, model, device):
+    import os
+    import threading
+
+    def state():
+        return {t.name for t in threading.enumerate() if t.name.startswith("penstock")}, len(os.listdir("/proc/self/fd"))
+
+    open_stream(tiny_llama, model, [N] * 6, 2, device).close()
+    before = state()
+    with open_stream(tiny_llama, model, [N, H] * 3, 2, device) as stream:
+        stream.load()
+        assert state() != before
+    assert state() == before
