@@ -113,8 +113,8 @@ class RunReport:
         lines = [
             f"{self.generated_tokens} tokens for {self.num_requests} prompts in {self.seconds:.2f} s "
             f"({self.tokens_per_second:.1f} tokens/s, {self.num_passes} passes, up to {self.peak_sequences} at once)",
-            f"nvme → host    {disk.disk_bytes / 1e6:.1f} MB in this run, {rate:.2f} GB/s while reading, by "
-            f"{self.reader['name']} ({self.reader['reason']})",
+            f"nvme → host    {disk.disk_bytes / 1e6:.1f} MB in this run, {rate:.2f} GB/s while reading; "
+            f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "
             f"computing waited {disk.stall_seconds:.2f} s for weights",
         ]

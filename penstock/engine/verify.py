@@ -24,9 +24,10 @@ __all__ = ["Difference", "Verification", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A position at which the reference prefers another token, by `margin` in its logits.
+    """A position at which the reference's likeliest token is another, by `margin` in its logits.
 
-    `rounding` is the spacing of the dtype's numbers at that logit: two candidates within it are a tie.
+    `rounding` is the spacing of the dtype's numbers at that logit. Two candidates within twice that are a tie; with a
+    margin of 0 the reference itself ranks both first.
     """
 
     request_id: str
@@ -55,14 +56,21 @@ class Verification:
         """Whether every token is the reference's, or tied with it within the dtype's rounding."""
         return all(difference.is_tie for difference in self.differences)
 
+    @property
+    def num_equal(self) -> int:
+        """Tokens that the reference ranks first, alone or with another."""
+        return self.num_tokens - sum(difference.margin > 0 for difference in self.differences)
+
     def explain(self) -> str:
         """Say it in one line."""
-        equal = self.num_tokens - len(self.differences)
-        text = f"verify: {equal} of {self.num_tokens} tokens of {self.num_requests} completions equal in-memory HF"
-        if self.differences:
+        text = f"verify: {self.num_equal} of {self.num_tokens} tokens of {self.num_requests} completions "
+        text += "equal in-memory Hugging Face's"
+        if even := sum(difference.margin == 0 for difference in self.differences):
+            text += f" ({even} where it ranks two first)"
+        if self.num_equal < self.num_tokens:
             worst = max(self.differences, key=lambda difference: difference.margin)
-            kind = "ties within the dtype's rounding" if self.passed else "DIFFERENT"
-            text += f"; {len(self.differences)} {kind}, the widest by {worst.margin:.3g} in request "
+            kind = "tied within the dtype's rounding" if self.passed else "DIFFERENT"
+            text += f"; {self.num_tokens - self.num_equal} {kind}, the widest by {worst.margin:.3g} in request "
             text += f"{worst.request_id} at {worst.position} (rounding {worst.rounding:.3g})"
         return text
 
@@ -70,8 +78,8 @@ class Verification:
         """Return it for JSON."""
         return {
             "tokens": self.num_tokens,
-            "equal": self.num_tokens - len(self.differences),
-            "differences": len(self.differences),
+            "equal": self.num_equal,
+            "even": sum(difference.margin == 0 for difference in self.differences),
             "widest_margin": max((difference.margin for difference in self.differences), default=0.0),
             "passed": self.passed,
         }

@@ -201,6 +201,7 @@ class WeightStream:
             slot.arrived.exception()
         slot.layer = index
         if index in self._rest:
+            self._moved += self._layouts[index].wire_nbytes
             slot.arrived = Future()
             if self._copies.asynchronous:
                 self._fetch_from_host(slot, index, slot.arrived)
@@ -221,7 +222,6 @@ class WeightStream:
                 arrived.set_result(self._copies.mark())
         except Exception as error:  # noqa: BLE001
             arrived.set_exception(error)
-        self._moved += layout.wire_nbytes
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""

@@ -88,7 +88,9 @@ def test_layers_are_those_of_the_checkpoint(tiny_llama, model, expected, device,
                 assert all(map(torch.equal, found, expected[index])), f"layer {index}"
         resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8)
         read_unit(model.resident, resident)
-        assert all(map(torch.equal, _parameters(model.resident, stream.resident), _parameters(model.resident, resident)))
+        assert all(
+            map(torch.equal, _parameters(model.resident, stream.resident), _parameters(model.resident, resident))
+        )
 
 
 def test_a_pass_that_was_broken_off_does_no_harm(tiny_llama, model, expected, device):
@@ -118,8 +120,8 @@ def test_streamed_bytes_are_counted(tiny_llama, model, device):
         after = stream.statistics()
     layer = model.layer_layouts[0].wire_nbytes
     moved = after.device_bytes - before.device_bytes
-    assert 10 * layer - 6000 <= moved <= 10 * layer
-    assert after.disk.bytes_read - before.disk.bytes_read >= 8 * (layer - 1000)
+    assert moved == 10 * layer, "every streamed layer twice; the first of the next pass is on its way"
+    assert after.disk.bytes_read - before.disk.bytes_read >= 8 * layer
 
 
 def test_a_layer_that_fits_its_slot_for_good_is_read_once(tiny_llama, model, device):
@@ -171,7 +173,9 @@ def test_closing_leaves_no_thread_and_no_descriptor(tiny_llama, model, device):
     import threading
 
     def state():
-        return {t.name for t in threading.enumerate() if t.name.startswith("penstock")}, len(os.listdir("/proc/self/fd"))
+        return {t.name for t in threading.enumerate() if t.name.startswith("penstock")}, len(
+            os.listdir("/proc/self/fd")
+        )
 
     open_stream(tiny_llama, model, [N] * 6, 2, device).close()
     before = state()

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from penstock.errors import BudgetError
 from penstock.io.checkpoint import Checkpoint
@@ -61,5 +62,6 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
             got=f"{format_size(free)} free",
             fix="Verify a smaller model of the same family.",
         )
+    logging.disable_progress_bar()
     module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     return Reference(module.to(device).eval())

@@ -222,7 +222,7 @@ def _reshape(tensor: SymbolicTensor, *sizes: Any) -> SymbolicTensor:
     if 0 in old:
         return SymbolicTensor(new, tensor.dtype, ())
     boxes = list(tensor.boxes)
-    for at, num_old, group in _groups(old, new):
+    for at, num_old, group in _groups(tuple(old), new):
         boxes = [
             cut
             for box in boxes

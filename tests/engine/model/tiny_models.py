@@ -13,18 +13,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from families import FAMILIES
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.offload.kv import KVStore
 from penstock.offload.source import SynchronousWeights, read_unit
 
+torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 PROMPTS = [[5, 17, 33, 99, 101, 7, 12, 200, 45, 3, 77, 150], [9, 8, 250, 31], [60, 61, 62, 63, 64, 65, 66, 67],
            [11, 22], [199, 12, 13, 14, 15, 16, 17, 18, 19]]  # fmt: skip
 ANSWERS = [[41, 42, 43, 44], [51, 52, 53, 54], [71, 72, 73, 74], [81, 82, 83, 84], [91, 92, 93, 94]]
+
+
+def model_type(name: str) -> str:
+    return FAMILIES[name].get("model_type", name)
 
 
 def make_config(settings: dict[str, Any], name: str) -> Any:
@@ -98,7 +104,9 @@ class Stream:
             tokens = [(PROMPTS[s] + ANSWERS[s])[start:end] for s, start, end in spans]
             flat = torch.tensor([token for part in tokens for token in part])
             batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv)
-            runs.append((batch, lambda batch=batch, flat=flat: self.model.forward(batch, flat, torch.arange(len(flat)))))
+            runs.append(
+                (batch, lambda batch=batch, flat=flat: self.model.forward(batch, flat, torch.arange(len(flat))))
+            )
         logits = self.executor.run_pass(runs)
         lengths = [[end - start for _, start, end in spans] for spans in batches]
         return [part for made, sizes in zip(logits, lengths, strict=True) for part in made.split(sizes)]
