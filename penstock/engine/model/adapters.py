@@ -1,7 +1,8 @@
 """Everything that is special to a family, in one place. Most families need nothing of it.
 
-Code decides where it can: whether a module's forward asks transformers' attention interface is seen in the names it uses,
-and whether a mixer is recurrent in the cache that transformers gives it. Class names and model types decide the rest.
+Code decides where it can: whether a module's forward asks transformers' attention interface is seen in the names that it
+uses, and whether a mixer is recurrent in the cache that transformers gives it. Class names and model types decide the
+rest.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def _name_shared_layer(module: Any) -> None:
 def _share_keys(layers: list[nn.Module]) -> None:
     """Tell attention that reuses an earlier layer's keys which layer that is: the last one of its kind with its own."""
     owners: dict[Any, int] = {}
-    for module in (part for layer in layers for part in layer.modules() if hasattr(part, "is_kv_shared_layer")):
+    modules: list[Any] = [part for layer in layers for part in layer.modules() if hasattr(part, "is_kv_shared_layer")]
+    for module in modules:
         kind = getattr(module, "layer_type", None) or module.config.layer_types[module.layer_idx]
         if not module.is_kv_shared_layer:
             owners[kind] = module.layer_idx
@@ -167,8 +169,8 @@ def _share_keys(layers: list[nn.Module]) -> None:
 def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     """Multi-head latent attention on what is stored: latents and one rotary key, not keys and values of every head.
 
-    query [1, H, T, nope + rope], key (latents) [1, 1, T, rank], value (rotary keys) [1, 1, T, rope] -> [1, T, H, Dv]. The
-    expansion of latents into keys is absorbed into the query, that into values into the result.
+    query [1, H, T, nope + rope], key (latents) [1, 1, T, rank], value (rotary keys) [1, 1, T, rope] -> [1, T, H, Dv].
+    The expansion of latents into keys is absorbed into the query, that into values into the result.
     """
     batch, rule = CURRENT.get(), rule_of(module, query, **arguments)
     nope, rank = module.qk_nope_head_dim, key.shape[-1]
@@ -183,7 +185,8 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
         (kept,) = batch.kv.append(module.layer_idx, span.sequence, span.start, rows[begin:end])
         attend(absorbed[:, begin:end], kept, kept[..., :rank], span, rule, out=made[begin:end])
         begin = end
-    return torch.einsum("thr,hvr->thv", made, to_values)[None]
+    values: Tensor = torch.einsum("thr,hvr->thv", made, to_values)
+    return values[None]
 
 
 def _tempered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
@@ -330,9 +333,9 @@ _INLINE: dict[str, Callable[[Any], None]] = {
 def _adapt_rotary(model: nn.Module) -> list[str]:
     """Compute such tables span by span, so that no sequence depends on its neighbours.
 
-    A sequence gets what transformers gives it alone: the factors that belong to the last position of the span. So prompts
-    must come whole; a sequence that grows past the original context keeps its earlier keys, as in transformers' forward
-    with a cache.
+    A sequence gets what transformers gives it alone: the factors that belong to the last position of the span. So
+    prompts must come whole; a sequence that grows past the original context keeps its earlier keys, as it does in
+    transformers' forward with a cache.
     """
     found = []
     for module in model.modules():

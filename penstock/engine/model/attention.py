@@ -1,8 +1,8 @@
 """The one attention function: ragged, over the spans of the running micro-batch, with keys and values in the KV store.
 
 transformers calls it for every layer of every family that uses its attention interface. It is not registered as a mask
-function, so transformers builds no masks; positions and lengths come from the spans, which are Python numbers, so nothing
-here waits for the device.
+function, so transformers builds no masks; positions and lengths come from the spans, which are Python numbers, so
+nothing here waits for the device.
 
 Shapes: T tokens of the micro-batch, n of one span, L keys; Hq query heads, H key heads; D and Dv head sizes.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from penstock.engine.batch import CURRENT, Span
@@ -37,8 +37,8 @@ _FLASH_SIZE = 256
 class Rule:
     """Which keys a query sees, and how scores are made.
 
-    A query at position p sees keys up to p; only the last `window` of them; only those of its `chunk`. `softcap`, `sinks`
-    [Hq] and `bias` (positions of the keys [L] -> [Hq, 1, L] or [1, 1, L], added to the scaled scores) change the scores.
+    A query at position p sees keys up to p; only the last `window` of them; only those of its `chunk`. `softcap`,
+    `sinks` [Hq] and `bias` (positions of the keys [L] -> [Hq, 1, L], added to the scaled scores) change the scores.
     """
 
     scale: float
@@ -141,7 +141,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, 
     fast = key.shape[-1] == value.shape[-1] <= _FLASH_SIZE
     if fast and rule.plain and span.start == 0 and span.length > 1 and _sees_all(rule, span.end):
         grouped = query.shape[0] != key.shape[0]
-        made = F.scaled_dot_product_attention(
+        made = scaled_dot_product_attention(
             query[None], key[None], value[None], is_causal=True, scale=rule.scale, enable_gqa=grouped
         )
         out.copy_(made[0].transpose(0, 1))
@@ -153,7 +153,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, 
         size = max(_SCORE_ELEMENTS // (query.shape[0] * (span.end - first)), 1)
         end = min(begin + size, span.length)
         last = span.start + end
-        made = score(query[:, begin:end], key[:, first:last], value[:, first:last], span.start + begin, first, rule)
+        part, seen = query[:, begin:end], slice(first, last)
+        made = score(part, key[:, seen], value[:, seen], rule, start=span.start + begin, first=first)
         out[begin:end].copy_(made.transpose(0, 1))
         begin = end
 
@@ -163,20 +164,20 @@ def _sees_all(rule: Rule, length: int) -> bool:
     return (rule.window is None or length <= rule.window) and (rule.chunk is None or length <= rule.chunk)
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, start: int, first: int, rule: Rule) -> Tensor:
+def _plain(query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, start: int, first: int) -> Tensor:
     """Attend with torch's kernel. The query heads of a key head become its rows, so that keys need no repetition."""
     num_heads, num_queries, size = query.shape
     groups = num_heads // key.shape[0]
-    mask = _visible(num_queries, key.shape[1], start, first, rule, query.device)
+    mask = _visible(num_queries, key.shape[1], rule, start=start, first=first, device=query.device)
     if mask is not None and groups > 1:
         mask = mask.repeat(groups, 1)
-    made = F.scaled_dot_product_attention(
+    made = scaled_dot_product_attention(
         query.reshape(1, key.shape[0], groups * num_queries, size), key[None], value[None], mask, scale=rule.scale
     )
     return made.reshape(num_heads, num_queries, value.shape[-1])
 
 
-def _scored(query: Tensor, key: Tensor, value: Tensor, start: int, first: int, rule: Rule) -> Tensor:
+def _scored(query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, start: int, first: int) -> Tensor:
     """Attend step by step, in the order of operations of transformers' eager attention; softmax in float32."""
     num_heads, num_queries, size = query.shape
     num_keys = key.shape[1]
@@ -186,7 +187,7 @@ def _scored(query: Tensor, key: Tensor, value: Tensor, start: int, first: int, r
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
     if rule.bias is not None:
         scores = scores + rule.bias(torch.arange(first, first + num_keys, device=query.device))
-    visible = _visible(num_queries, num_keys, start, first, rule, query.device)
+    visible = _visible(num_queries, num_keys, rule, start=start, first=first, device=query.device)
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
     if rule.sinks is not None:
@@ -199,7 +200,7 @@ def _scored(query: Tensor, key: Tensor, value: Tensor, start: int, first: int, r
 
 
 def _visible(
-    num_queries: int, num_keys: int, start: int, first: int, rule: Rule, device: torch.device
+    num_queries: int, num_keys: int, rule: Rule, *, start: int, first: int, device: torch.device
 ) -> Tensor | None:
     """Return [num_queries, num_keys], true where a query sees a key; None where the one query sees all of them.
 

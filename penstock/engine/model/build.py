@@ -280,7 +280,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         with _EmptyOnMeta():
             yield
@@ -293,7 +293,8 @@ def _decoder_name(module: Any) -> str:
     if module.config.get_text_config() is module.config:
         return ""
     decoder = module.get_decoder()
-    return next(name for name, part in module.named_modules() if part is decoder)
+    name: str = next(name for name, part in module.named_modules() if part is decoder)
+    return name
 
 
 def _needed(module: Any, decoder: str) -> Any:

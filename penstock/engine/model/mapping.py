@@ -24,7 +24,7 @@ from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Extent, Lay
 __all__ = ["WeightMap", "map_weights"]
 
 MIN_RUN_NBYTES = 4096
-"""A tensor that comes in more than `_FEW_RUNS` runs, each shorter than this, is moved whole and put in order on arrival."""
+"""A tensor in more than `_FEW_RUNS` runs, each shorter than this, is moved whole and put in order on arrival."""
 _FEW_RUNS = 16
 _MAX_RUNS = 4096
 
@@ -192,7 +192,7 @@ def _obstacle(tensor: Tensor, target: _Target | None) -> str | None:
 
 
 def _runs(box: Box, shape: Sequence[int]) -> tuple[int, list[tuple[int, int, int]]]:
-    """Take a box apart: elements of one contiguous run, and (count, source stride, destination stride) of outer dims."""
+    """Take a box apart: elements of a contiguous run, and (count, source stride, destination stride) of outer dims."""
     steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     dims = [dim for dim in zip(box.view.shape, box.view.stride(), steps, strict=True) if dim[0] != 1]
     run = 1
@@ -285,9 +285,13 @@ def _lay_out(pieces: Sequence[_Piece], tensors: Mapping[str, TensorEntry]) -> La
 
     converted = [piece for piece in pieces if isinstance(piece, _Converted)]
     placed = sorted((piece for piece in pieces if isinstance(piece, _Placed)), key=lambda piece: _place(piece, tensors))
-    parameters, extents, conversions = [], [], []
-    for target in (target for one in converted for target in one.targets):
-        parameters.append(view(target.name, dtype_name(target.dtype), target.shape, target.nbytes))
+    parameters = [
+        view(target.name, dtype_name(target.dtype), target.shape, target.nbytes)
+        for one in converted
+        for target in one.targets
+    ]
+    extents: list[Extent] = []
+    conversions = []
     wire_offset = cursor
     for piece in placed:
         target = piece.target
@@ -311,7 +315,10 @@ def _place(piece: _Placed, tensors: Mapping[str, TensorEntry]) -> tuple[str, int
     """Where on disk a parameter begins."""
     places = ((tensors[box.source], box.view) for box in piece.boxes)
     return min(
-        ((str(entry.file.path), entry.offset + view.storage_offset() * view.element_size()) for entry, view in places),
+        (
+            (str(entry.file.path), entry.offset + int(view.storage_offset()) * view.element_size())
+            for entry, view in places
+        ),
         default=("", 0),
     )
 
@@ -325,7 +332,7 @@ def _extents(piece: _Placed, destination: int, tensors: Mapping[str, TensorEntry
         start = sum(index * step for index, step in zip(box.start, steps, strict=True))
         for indices in itertools.product(*(range(count) for count, _, _ in outer)):
             moves = list(zip(indices, outer, strict=True))
-            source = box.view.storage_offset() + sum(index * stride for index, (_, stride, _) in moves)
+            source = int(box.view.storage_offset()) + sum(index * stride for index, (_, stride, _) in moves)
             target = start + sum(index * step for index, (_, _, step) in moves)
             yield Extent(entry.file, entry.offset + source * itemsize, run * itemsize, destination + target * itemsize)
 

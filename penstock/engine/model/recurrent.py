@@ -1,9 +1,9 @@
 """Recurrent mixers of every kind (state spaces, delta rules, short convolutions) through one wrapper.
 
-A recurrent mixer reads a flattened micro-batch as one sequence. The wrapper calls it once for each span instead, with the
-cache that transformers itself would give it for that sequence alone; between passes the KV store keeps that cache. So
-prefill and decode mix freely, and sequences join and leave; but a prompt must come in one span, because most mixers start
-afresh whenever they see more than one token.
+A recurrent mixer reads a flattened micro-batch as one sequence. The wrapper calls it once for each span instead, with
+the cache that transformers itself would give it for that sequence alone; between passes the KV store keeps that cache.
+So prefill and decode mix freely, and sequences join and leave; but a prompt must come in one span, because most mixers
+start afresh whenever they see more than one token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 

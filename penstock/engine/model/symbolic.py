@@ -43,12 +43,12 @@ class SymbolicTensor(torch.Tensor):
     boxes: tuple[Box, ...]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[Box]) -> SymbolicTensor:
+    def __new__(cls: Any, shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[Box]) -> SymbolicTensor:
         """Make a tensor of `shape` that `boxes` tile."""
         if len(boxes) > _MAX_BOXES:
             raise NotPureMovement(f"{len(boxes)} pieces")
-        made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tuple(shape), dtype=dtype, device="meta"
+        made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("meta")
         )
         made.boxes = tuple(boxes)
         return made
@@ -58,9 +58,6 @@ class SymbolicTensor(torch.Tensor):
         """Return the whole of the checkpoint tensor `source`."""
         view = torch.empty(tuple(shape), dtype=dtype, device="meta")
         return cls(shape, dtype, (Box(source, (0,) * len(shape), view),))
-
-    def __repr__(self, **_: Any) -> str:
-        return f"SymbolicTensor({tuple(self.shape)}, {len(self.boxes)} boxes)"
 
     @classmethod
     def __torch_function__(
@@ -76,7 +73,7 @@ class SymbolicTensor(torch.Tensor):
         raise NotPureMovement(name or str(func))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse what `__torch_function__` did not see."""
         raise NotPureMovement(str(func))
 
@@ -286,7 +283,7 @@ def _flatten_whole(box: Box, shape: Sequence[int], at: int, count: int) -> Box |
 
 
 def _cut_box(box: Box, at: int, sizes: Sequence[int]) -> Iterator[Box]:
-    """Split dim `at` of a box into dims of `sizes`, in up to three parts per dim: a partial row, whole rows, a partial row."""
+    """Split dim `at` of a box into dims of `sizes`, in up to three parts per dim: part of a row, whole rows, a part."""
     if len(sizes) <= 1:
         yield box if sizes else Box(box.source, (*box.start[:at], *box.start[at + 1 :]), box.view.squeeze(at))
         return

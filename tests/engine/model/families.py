@@ -35,7 +35,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {**BASE, "sliding_window": SW},
     "qwen2": {**BASE, "use_sliding_window": True, "sliding_window": SW, "max_window_layers": 2},
     "qwen3": HEAD,
-    "qwen2_moe": {**BASE, **MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": [1]},
+    "qwen2_moe": {**BASE, **MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1,
+                  "mlp_only_layers": [1]},
     "qwen3_moe": {**HEAD, **MOE, "mlp_only_layers": [0]},
     "mixtral": {**BASE, **LOCAL},
     "gemma": HEAD,
@@ -137,7 +138,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2_moe": {**HEAD, **MOE, **THREE_OF_FOUR},
     "cwm": {**HEAD, **ALTERNATE},
     "dbrx": {"d_model": H, "n_heads": NH, "n_layers": L, "max_seq_len": 256, "vocab_size": V,
-             "attn_config": {"kv_n_heads": NKV, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "attn_config": {"kv_n_heads": NKV, "clip_qkv": 8.0, "rope_theta": 1e4},
              "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": H}},
     "diffllama": BASE,
     "exaone_moe": {**HEAD, **MOE, **THREE_OF_FOUR, "num_shared_experts": 1, "n_group": 1, "topk_group": 1,
@@ -172,7 +173,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vaultgemma": {**HEAD, **ALTERNATE, "query_pre_attn_scalar": 16},
     "xglm": {"vocab_size": V, "d_model": H, "ffn_dim": I, "num_layers": L, "attention_heads": NH,
              "max_position_embeddings": 256, **TOKENS},
-    "youtu": {**MLA, "pad_token_id": None},  # transformers zeroes the padding token's row when it loads
+    # transformers zeroes the padding token's row when it loads this one
+    "youtu": {**MLA, "pad_token_id": None},
     "zaya": HEAD,
     "biogpt": {**MHA},
     "ctrl": {"n_embd": H, "n_layer": L, "n_head": NH, "vocab_size": V, "n_positions": 256, "dff": I},
@@ -215,4 +217,4 @@ REFERENCE_ATTENTION = {"falcon_alibi": "sdpa"}
 """transformers' eager attention adds ALiBi twice here."""
 
 TOLERANCE = {"nemotron_h": 4e-4, "zamba2": 1e-3}
-"""Where transformers' own cached decode differs from its full forward by as much: 1.7e-4 and 4.2e-4 on these weights."""
+"""Where transformers' own cached decode is as far from its full forward: 1.7e-4 and 4.2e-4 on these weights."""

@@ -39,7 +39,7 @@ def factors(draw: Any, total: int) -> list[int]:
     return sizes
 
 
-def operation(data: Any, tensor: Tensor) -> Callable[[Any], Any]:
+def operation(data: Any, tensor: Tensor) -> Callable[[Any], Any]:  # noqa: PLR0911
     """Draw one movement that fits a tensor of this shape."""
     dim = data.draw(st.integers(0, tensor.ndim - 1))
     size = tensor.shape[dim]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from families import FAMILIES
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel, load_model

@@ -1,0 +1,92 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from penstock.cli.main import main
+
+BUDGET = ["--device-memory", "3MB", "--host-memory", "0"]
+
+
+def run(capsys, *arguments, device="cpu"):
+    status = main(["generate", "--device", device, *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out, captured.err
+
+
+def test_the_bundled_model_in_a_quarter_of_its_bytes_equals_hf(capsys, device):
+    budget = BUDGET if device == "cpu" else ["--device-memory", "6MB", "--host-memory", "0"]
+    out, err = run(capsys, *budget, "--max-tokens", "24", "--verify", device=device)
+    assert out.count("--- prompt") == 3
+    assert "def fibonacci(n):" in out
+    assert re.search(r"nvme → host +\d+\.\d MB", err)
+    verified = re.search(r"verify: (\d+) of 72 tokens of 3 completions equal in-memory Hugging Face's", err)
+    assert int(verified[1]) >= 70
+
+
+def test_json_lines_end_with_one_summary(capsys, tiny_llama, tmp_path, device):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [8], "max_tokens": 3, "logprobs": 1}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    out, err = run(
+        capsys, tiny_llama, "--prompts", prompts, "--device-memory", "4MiB", "--host-memory", "200KiB", "--ignore-eos",
+        "--max-tokens", "5", "--json", "--verify", device=device,
+    )  # fmt: skip
+    first, second, summary = map(json.loads, out.splitlines())
+    assert (len(first["token_ids"]), len(second["token_ids"]), len(second["logprobs"])) == (5, 3, 3)
+    assert summary["generated_tokens"] == 8
+    assert summary["verify"]["equal"] == summary["verify"]["tokens"] == 8
+    assert summary["reader"]["name"] in ("libaio", "threads")
+    assert summary["reader"]["reason"]
+    assert set(summary["links"]) == {"nvme_to_host", "host_to_device"}
+    assert summary["stalls"]["weights_seconds"] >= 0
+    assert sum(summary["layers"].values()) == 6
+    assert summary["tokens_per_second"] == pytest.approx(8 / summary["seconds"])
+
+
+def test_results_go_to_a_file_that_appears_whole(capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\n\nx = 1\n")
+    out, _ = run(capsys, "--prompts", prompts, "--output", output, "--device-memory", "64MiB", "--max-tokens", "4")
+    assert out == ""
+    records = {record["request_id"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert [records[number]["prompt"] for number in "01"] == ["import os", "x = 1"]
+    assert list(tmp_path.iterdir()) != []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+
+
+def test_text_output_holds_prompt_and_completion(capsys, tmp_path):
+    output = tmp_path / "out.txt"
+    run(capsys, "--prompt", "import os", "--output", output, "--device-memory", "64MiB", "--max-tokens", "4")
+    assert output.read_text().startswith("import os")
+
+
+def test_prompts_from_stdin(tmp_path):
+    command = [sys.executable, "-m", "penstock", "generate", "--prompts", "-", "--device", "cpu", "--json"]
+    command += ["--max-tokens", "2", "--device-memory", "64MiB"]
+    for text in ("def f(x):\n", '{"prompt": "def f(x):"}\n'):
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        record, _ = map(json.loads, done.stdout.splitlines())
+        assert record["prompt"] == "def f(x):"
+        assert "\r" not in done.stderr, "no progress line where stderr is not a terminal"
+
+
+def test_help_and_version_need_no_torch():
+    for arguments in (["--help"], ["generate", "--help"], ["--version"]):
+        code = (
+            "import sys; from penstock.cli.main import main\n"
+            f"try: main({arguments!r})\nexcept SystemExit as end: assert end.code == 0\n"
+            "loaded = {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert not loaded, loaded"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_usage_errors_end_with_2(capsys):
+    for arguments in ([], ["generate", "--no-such-option"], ["fly"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
