@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -88,6 +89,9 @@ class LLM:
         self._executor = Executor(self._model.layers)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
         limits = LIMITS[self._device.type]
         if micro_batch_tokens is not None:
             if micro_batch_tokens < 1:
@@ -265,6 +269,8 @@ class LLM:
             load_seconds=self._load_seconds,
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
+            peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,
             traffic=traffic,
             plan=self.plan,
@@ -302,7 +308,7 @@ def _find_tokenizer(path: Path) -> Any | None:
 
 def _find_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -311,6 +317,8 @@ def _find_device(name: str) -> torch.device:
         raise DeviceError("a device that Penstock does not run on", wanted="cpu or cuda", got=name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise DeviceError("this machine has no such GPU", wanted=f"one of {torch.cuda.device_count()}", got=name)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -54,7 +54,11 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """One call of `generate`, for people and for JSON."""
+    """One call of `generate`, for people and for JSON.
+
+    `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
+    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began.
+    """
 
     num_requests: int
     num_passes: int
@@ -64,6 +68,8 @@ class RunReport:
     load_seconds: float
     load_bytes: int
     peak_sequences: int
+    peak_process_nbytes: int
+    peak_device_nbytes: int
     model_nbytes: int
     traffic: Traffic
     plan: Plan
@@ -100,6 +106,10 @@ class RunReport:
             "reader": self.reader,
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
+            "memory": {
+                "peak_process_bytes": self.peak_process_nbytes,
+                "peak_device_bytes": self.peak_device_nbytes,
+            },
             "model_bytes": self.model_nbytes,
             "peak_sequences": self.peak_sequences,
             "device": self.device,

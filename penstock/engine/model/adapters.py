@@ -1,6 +1,6 @@
 """Everything that is special to a family, in one place. Most families need nothing of it.
 
-Code decides where it can: whether a module's forward asks transformers' attention interface is seen in the names that it
+Code decides where it can: whether a module's forward asks transformers' attention interface is seen in the names it
 uses, and whether a mixer is recurrent in the cache that transformers gives it. Class names and model types decide the
 rest.
 """
@@ -245,7 +245,8 @@ def _mpt_slopes(num_heads: int, device: torch.device) -> Tensor:
     slopes = 1.0 / 2 ** (torch.arange(1, power + 1, device=device).float() * (8 / power))
     if power != num_heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
-    return slopes.view(-1, 1, 1)
+    shaped: Tensor = slopes.view(-1, 1, 1)
+    return shaped
 
 
 def _bloom_forward(module: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -279,7 +280,8 @@ def _falcon_forward(
 
         def bias(positions: Tensor) -> Tensor:
             """Rounded to bfloat16, as in the original, whatever the model's dtype."""
-            return ((slopes * positions).float() * module.inv_norm_factor).to(query.dtype)
+            made: Tensor = (slopes * positions).float() * module.inv_norm_factor
+            return made.to(query.dtype)
 
     made = attend_spans(module, query, key, value, Rule(scale=module.inv_norm_factor, bias=bias))
     return module.dense(made.flatten(2)), None

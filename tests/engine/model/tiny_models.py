@@ -98,23 +98,27 @@ class Stream:
         executor.weights = SynchronousWeights(model.layer_layouts, slot)
         return cls(model, executor, KVStore())
 
-    def run(self, batches: Sequence[Sequence[tuple[int, int, int]]]) -> list[Tensor]:
-        """Run a pass over micro-batches of (sequence, start, end); return the logits of every span, in order."""
+    def run(self, batches: Sequence[Sequence[tuple[int, int, int]]], *, keep: Tensor | None = None) -> list[Tensor]:
+        """Run a pass over micro-batches of (sequence, start, end).
+
+        Returns the logits of every span, in order; with `keep`, of these tokens of each micro-batch.
+        """
         runs = []
         for spans in batches:
             tokens = [(PROMPTS[s] + ANSWERS[s])[start:end] for s, start, end in spans]
             flat = torch.tensor([token for part in tokens for token in part])
             batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv)
-            runs.append(
-                (batch, lambda batch=batch, flat=flat: self.model.forward(batch, flat, torch.arange(len(flat))))
-            )
+            kept = torch.arange(len(flat)) if keep is None else keep
+            runs.append((batch, partial(self.model.forward, batch, flat, kept)))
         logits = self.executor.run_pass(runs)
+        if keep is not None:
+            return logits
         lengths = [[end - start for _, start, end in spans] for spans in batches]
         return [part for made, sizes in zip(logits, lengths, strict=True) for part in made.split(sizes)]
 
 
 def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
-    """Return the largest error over a ragged prefill, decode steps, and a pass that mixes a chunked prompt and decode."""
+    """Return the largest error over a ragged prefill, decode, and passes that mix a chunked prompt and decode."""
     for sequence, prompt in enumerate(PROMPTS):
         stream.kv.acquire(sequence, num_tokens=len(prompt) + len(ANSWERS[sequence]))
     sizes = [len(prompt) for prompt in PROMPTS]
