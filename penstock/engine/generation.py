@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ __all__ = ["Generation"]
 
 
 class Generation:
-    """One run over some sequences. Iterating yields each sequence when it has finished, whatever the order."""
+    """One run over some sequences."""
 
     def __init__(
         self,
@@ -59,7 +59,8 @@ class Generation:
             self.num_requests += 1
             self._expected_tokens += sequence.capacity - len(sequence.prompt_ids)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def run(self) -> Generator[Sequence, None, None]:
+        """Yield each sequence when it has finished, whatever the order. Closing it gives back what the others hold."""
         start = time.perf_counter()
         finished = 0
         try:

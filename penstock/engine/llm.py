@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -36,6 +36,7 @@ from penstock.errors import (
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
+from penstock.io.choose import ReaderName
 from penstock.io.limits import available_memory
 from penstock.offload.kv import KVCost, KVStore
 from penstock.offload.plan import PassLimits, Plan, make_plan
@@ -75,7 +76,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         micro_batch_tokens: int | None = None,
-        io_backend: str = "auto",
+        io_backend: ReaderName = "auto",
         on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
@@ -179,9 +180,11 @@ class LLM:
             streamed_bytes=lambda: self._weights.statistics().device_bytes - before.device_bytes,
         )
         start = time.perf_counter()
-        for sequence in generation:
-            self._report(generation, time.perf_counter() - start, Traffic.between(before, self._weights.statistics()))
-            yield self._output(sequence)
+        with closing(generation.run()) as finished:
+            for sequence in finished:
+                seconds = time.perf_counter() - start
+                self._report(generation, seconds, Traffic.between(before, self._weights.statistics()))
+                yield self._output(sequence)
 
     def chat(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from penstock.errors import ClosedError
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.choose import open_reader
+from penstock.io.choose import ReaderName, open_reader
 from penstock.io.memory import HostMemory
 from penstock.io.reader import ALIGNMENT, ReaderStatistics
 from penstock.offload.buffers import convert
@@ -80,7 +80,7 @@ class WeightStream:
         resident: Layout,
         layers: Sequence[Layout],
         device: torch.device,
-        io_backend: str = "auto",
+        io_backend: ReaderName = "auto",
     ) -> None:
         self._layouts = tuple(layers)
         self._resident_layout = resident
@@ -121,7 +121,7 @@ class WeightStream:
                 self._rest[index] = whole[start : start + self._layouts[index].wire_nbytes]
                 start += self._layouts[index].wire_nbytes
 
-    def _open_disk(self, checkpoint: Checkpoint, io_backend: str, cleanup: ExitStack) -> None:
+    def _open_disk(self, checkpoint: Checkpoint, io_backend: ReaderName, cleanup: ExitStack) -> None:
         units = (self._resident_layout, *self._layouts)
         largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
         region = min(STAGING_REGION_NBYTES, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)

@@ -60,7 +60,7 @@ def refuse(config: Any) -> None:
         raise UnsupportedModelError(f"{config.model_type} models are not supported: {reason}")
 
 
-def adapt(model: Any, layers: Iterable[nn.Module], device: torch.device) -> Adaptation:
+def adapt(model: Any, layers: Iterable[nn.Module]) -> Adaptation:
     """Put this package's code where transformers' own cannot run flattened micro-batches.
 
     Raises UnsupportedModelError, naming the class, where a layer has no attention or mixer that can be run so.
@@ -79,8 +79,7 @@ def adapt(model: Any, layers: Iterable[nn.Module], device: torch.device) -> Adap
     rotary = _adapt_rotary(model)
     used = {name for name in names.values() if name} | set(rotary)
     whole = bool(rotary) or any(name.startswith("recurrent:") for name in used)
-    inputs = {name: value.to(device) for name, value in _INPUTS.get(model.config.model_type, {}).items()}
-    return Adaptation(tuple(sorted(used)), not whole, inputs)
+    return Adaptation(tuple(sorted(used)), not whole, _INPUTS.get(model.config.model_type, {}))
 
 
 _INPUTS = {"mpt": {"attention_mask": torch.zeros(1, 1, 1, 1)}}
@@ -222,14 +221,20 @@ def _replace_attn(options: Callable[[Any], dict[str, Any]]) -> Callable[[Any], N
     return install
 
 
-def _replace_forward(forward: Callable[..., Any]) -> Callable[[Any], None]:
+def _replace_forward(
+    forward: Callable[..., Any], slopes: Callable[[Any], Tensor] | None = None
+) -> Callable[[Any], None]:
+    """Replace a whole forward; ALiBi's `slopes` are made once, and move to the device with the module's buffers."""
+
     def install(module: Any) -> None:
         module.forward = MethodType(forward, module)
+        if slopes is not None:
+            module.penstock_slopes = slopes(module)
 
     return install
 
 
-def _slopes(num_heads: int, device: torch.device) -> Tensor:
+def _slopes(num_heads: int) -> Tensor:
     """ALiBi's slopes [H, 1, 1] (https://huggingface.co/papers/2108.12409), as transformers computes them for Bloom."""
     power = 2 ** math.floor(math.log2(num_heads))
     base = 2 ** (-(2 ** -(math.log2(power) - 3)))
@@ -237,12 +242,12 @@ def _slopes(num_heads: int, device: torch.device) -> Tensor:
     if power != num_heads:
         base = 2 ** (-(2 ** -(math.log2(2 * power) - 3)))
         slopes += [base**index for index in range(1, 1 + 2 * min(power, num_heads - power), 2)]
-    return torch.tensor(slopes, device=device).view(-1, 1, 1)
+    return torch.tensor(slopes).view(-1, 1, 1)
 
 
-def _mpt_slopes(num_heads: int, device: torch.device) -> Tensor:
+def _mpt_slopes(num_heads: int) -> Tensor:
     power = 2 ** math.ceil(math.log2(num_heads))
-    slopes = 1.0 / 2 ** (torch.arange(1, power + 1, device=device).float() * (8 / power))
+    slopes = 1.0 / 2 ** (torch.arange(1, power + 1).float() * (8 / power))
     if power != num_heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
     shaped: Tensor = slopes.view(-1, 1, 1)
@@ -251,7 +256,7 @@ def _mpt_slopes(num_heads: int, device: torch.device) -> Tensor:
 
 def _bloom_forward(module: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    slopes = _slopes(module.num_heads, query.device)
+    slopes: Tensor = module.penstock_slopes
 
     def bias(positions: Tensor) -> Tensor:
         return (slopes * positions).to(query.dtype)
@@ -276,7 +281,7 @@ def _falcon_forward(
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
         query, key = rotate(query, key, *kwargs["position_embeddings"])
     else:
-        slopes = _slopes(module.num_heads, query.device).bfloat16()
+        slopes: Tensor = module.penstock_slopes
 
         def bias(positions: Tensor) -> Tensor:
             """Rounded to bfloat16, as in the original, whatever the model's dtype."""
@@ -298,7 +303,7 @@ def _mpt_forward(
     )
     bias = None
     if position_bias is not None:
-        slopes = _mpt_slopes(module.n_heads, query.device)
+        slopes: Tensor = module.penstock_slopes
 
         def bias(positions: Tensor) -> Tensor:
             return slopes * positions
@@ -317,14 +322,14 @@ def _xglm_forward(module: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tup
 
 
 _INLINE: dict[str, Callable[[Any], None]] = {
-    "BloomAttention": _replace_forward(_bloom_forward),
+    "BloomAttention": _replace_forward(_bloom_forward, lambda module: _slopes(module.num_heads)),
     "CodeGenAttention": _replace_attn(lambda module: {"scale": 1.0 / float(module.scale_attn)}),
-    "FalconAttention": _replace_forward(_falcon_forward),
+    "FalconAttention": _replace_forward(_falcon_forward, lambda module: _slopes(module.num_heads).bfloat16()),
     "GPTJAttention": _replace_attn(lambda module: {"scale": 1.0 / float(module.scale_attn)}),
     "GPTNeoSelfAttention": _replace_attn(
         lambda module: {"scale": 1.0, "window": module.config.window_size if module.attention_type == "local" else None}
     ),
-    "MptAttention": _replace_forward(_mpt_forward),
+    "MptAttention": _replace_forward(_mpt_forward, lambda module: _mpt_slopes(module.n_heads)),
     "XGLMAttention": _replace_forward(_xglm_forward),
 }
 

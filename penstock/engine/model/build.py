@@ -143,8 +143,8 @@ def load_model(
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
+    adaptation = adapt(module, layers)
     _place_buffers(module, device)
-    adaptation = adapt(module, layers, device)
     weights = map_weights(
         module,
         checkpoint.tensors,
@@ -169,7 +169,7 @@ def load_model(
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
         _aliases=weights.aliases,
-        _inputs=adaptation.inputs,
+        _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),
     )
 
@@ -329,7 +329,7 @@ def _place_buffers(module: nn.Module, device: torch.device) -> None:
             if buffer is not None and not buffer.is_meta:
                 part._buffers[name] = buffer.to(device)
         for name, value in vars(part).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_meta:
                 vars(part)[name] = value.to(device)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import BASE, FAMILIES
 from tiny_models import ANSWERS, PROMPTS, Stream, make_config, reference, save_checkpoint, worst_error
-
 from transformers import AutoModelForCausalLM
 
 from penstock.engine.model.build import load_model

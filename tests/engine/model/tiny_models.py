@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.offload.kv import KVStore
-from penstock.offload.source import SynchronousWeights, read_unit
+from penstock.offload.source import SynchronousWeights, WeightSource, read_unit
 
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
@@ -77,6 +78,21 @@ def reference(path: Path, *, attention: str = "eager", dtype: torch.dtype = torc
 
 
 @dataclass(slots=True)
+class Forwarded:
+    """Copies what another source reads into a CPU slot to a slot on the device."""
+
+    source: WeightSource
+    slot: Tensor
+    on_device: Tensor
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        with self.source.layer(index):
+            self.on_device.copy_(self.slot)
+            yield
+
+
+@dataclass(slots=True)
 class Stream:
     """A model whose layers go through one slot."""
 
@@ -85,17 +101,21 @@ class Stream:
     kv: KVStore
 
     @classmethod
-    def open(cls, path: Path, *, dtype: str = "auto") -> Stream:
-        model = load_model(path, dtype=dtype)
+    def open(cls, path: Path, *, dtype: str = "auto", device: str = "cpu") -> Stream:
+        model = load_model(path, dtype=dtype, device=device)
         resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8)
         read_unit(model.resident, resident)
-        model.bind_resident(resident)
+        model.bind_resident(resident.to(device))
         slot = torch.zeros(max(layout.nbytes for layout in model.layer_layouts), dtype=torch.uint8)
+        on_device = slot.to(device)
         for index in range(len(model.layers)):
-            model.bind_layer(index, slot)
+            model.bind_layer(index, on_device)
         model.check_bound()
+        weights: WeightSource = SynchronousWeights(model.layer_layouts, slot)
+        if device != "cpu":
+            weights = Forwarded(weights, slot, on_device)
         executor = Executor(model.layers)
-        executor.weights = SynchronousWeights(model.layer_layouts, slot)
+        executor.weights = weights
         return cls(model, executor, KVStore())
 
     def run(self, batches: Sequence[Sequence[tuple[int, int, int]]], *, keep: Tensor | None = None) -> list[Tensor]:
@@ -106,9 +126,9 @@ class Stream:
         runs = []
         for spans in batches:
             tokens = [(PROMPTS[s] + ANSWERS[s])[start:end] for s, start, end in spans]
-            flat = torch.tensor([token for part in tokens for token in part])
+            flat = torch.tensor([token for part in tokens for token in part], device=self.model.device)
             batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv)
-            kept = torch.arange(len(flat)) if keep is None else keep
+            kept = torch.arange(len(flat), device=flat.device) if keep is None else keep
             runs.append((batch, partial(self.model.forward, batch, flat, kept)))
         logits = self.executor.run_pass(runs)
         if keep is not None:
@@ -128,7 +148,7 @@ def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
         nonlocal error
         spans = [span for batch in batches for span in batch]
         for (sequence, start, end), logits in zip(spans, stream.run(batches), strict=True):
-            error = max(error, (logits - wanted[sequence][start:end]).abs().max().item())
+            error = max(error, (logits.cpu() - wanted[sequence][start:end]).abs().max().item())
 
     run([(0, 0, sizes[0]), (1, 0, sizes[1]), (2, 0, sizes[2])], [(3, 0, sizes[3]), (4, 0, sizes[4])])
     for step in range(3):
@@ -143,6 +163,10 @@ def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
         run([(4, sizes[4], sizes[4] + 1), (0, cut, 9), (1, sizes[1] + 3, sizes[1] + 4)])
         run([(0, 9, sizes[0])])
     run([(0, sizes[0], sizes[0] + 1)])
+    stream.kv.release(1)  # and only one token reaches the head
+    stream.kv.acquire(1, num_tokens=sizes[1])
+    (last,) = stream.run([[(1, 0, sizes[1])]], keep=torch.tensor([sizes[1] - 1], device=stream.model.device))
+    error = max(error, (last.cpu() - wanted[1][sizes[1] - 1]).abs().max().item())
     stream.kv.check_integrity()
     for sequence in range(len(PROMPTS)):
         stream.kv.release(sequence)
