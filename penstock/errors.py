@@ -23,6 +23,7 @@
     │   └── PromptFileError        the file of prompts: unreadable, empty, or a bad line (with its number)
     ├── OutputError                a result cannot be written (also an OSError)
     ├── ReadError                  the disk could not deliver bytes (also an OSError)
+    ├── WriteError                 the disk could not take bytes (also an OSError)
     ├── ClosedError                use after close (also a RuntimeError)
     └── VerificationError          tokens differ from those of in-memory Hugging Face
 
@@ -59,6 +60,7 @@ __all__ = [
     "UnsupportedFormatError",
     "UnsupportedModelError",
     "VerificationError",
+    "WriteError",
 ]
 
 
@@ -182,6 +184,10 @@ class OutputError(PenstockError, OSError):
 
 class ReadError(PenstockError, OSError):
     """The disk could not deliver the bytes."""
+
+
+class WriteError(PenstockError, OSError):
+    """The disk could not take the bytes."""
 
 
 class ClosedError(PenstockError, RuntimeError):

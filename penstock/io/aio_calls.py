@@ -16,7 +16,18 @@ from penstock.errors import ReadError
 from penstock.io.libc import ffi as libc_ffi
 from penstock.io.libc import libc
 
-__all__ = ["AioCalls", "LibraryCalls", "SystemCalls", "available_calls", "ffi"]
+__all__ = [
+    "IOCB_CMD_PREAD",
+    "IOCB_CMD_PWRITE",
+    "AioCalls",
+    "LibraryCalls",
+    "SystemCalls",
+    "available_calls",
+    "ffi",
+]
+
+IOCB_CMD_PREAD = 0
+IOCB_CMD_PWRITE = 1
 
 ffi: Any = cffi.FFI()
 ffi.cdef(

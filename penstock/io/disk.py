@@ -17,12 +17,12 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
-from penstock.errors import ClosedError, FileChangedError, ReadError
+from penstock.errors import ClosedError, FileChangedError, ReadError, WriteError
 from penstock.io.files import SourceFile
 from penstock.io.libc import address_of
 from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics
 
-__all__ = ["Block", "DiskReader", "OpenFile", "read_error", "read_now"]
+__all__ = ["Block", "DiskReader", "OpenFile", "disk_error", "read_now"]
 
 _REFUSALS = frozenset({errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP})
 _MAX_FRUITLESS_ATTEMPTS = 8
@@ -31,19 +31,26 @@ _READ_AGAIN = "Do not change a checkpoint while it is in use; start again."
 logger = logging.getLogger("penstock.io")
 
 
-def read_error(what: str, file: SourceFile, number: int, *, fix: str | None = None, got: object = None) -> ReadError:
-    """Return a ReadError that carries `number` as its errno."""
-    error = ReadError(f"{what}: {os.strerror(number)} (errno {number})", file=file.path, got=got, fix=fix)
+def disk_error(
+    what: str, file: SourceFile, number: int, *, write: bool = False, fix: str | None = None, got: object = None
+) -> ReadError | WriteError:
+    """Return a ReadError, or with `write` a WriteError, that carries `number` as its errno."""
+    kind = WriteError if write else ReadError
+    error = kind(f"{what}: {os.strerror(number)} (errno {number})", file=file.path, got=got, fix=fix)
     error.errno = number
     return error
 
 
 class OpenFile:
-    """A descriptor of the file that `file` names, opened with O_DIRECT if `direct` and the file system agrees."""
+    """A descriptor of the file that `file` names, opened with O_DIRECT if `direct` and the file system agrees.
 
-    def __init__(self, file: SourceFile, *, direct: bool) -> None:
+    A file opened with `write` changes its size and times by our own doing, so only its device and inode are compared.
+    """
+
+    def __init__(self, file: SourceFile, *, direct: bool, write: bool = False) -> None:
         self.file = file
         self.direct = direct
+        self.write = write
         self._lock = threading.Lock()
         self.fd = -1
         self.fd = self.open_again()
@@ -58,7 +65,7 @@ class OpenFile:
             number = error.errno or errno.EIO
             full = number in {errno.EMFILE, errno.ENFILE}
             fix = "Raise the limit on open files: `ulimit -n 65536`." if full else "Check the file and its permissions."
-            raise read_error("cannot be opened", self.file, number, fix=fix) from error
+            raise disk_error("cannot be opened", self.file, number, write=self.write, fix=fix) from error
         try:
             self.check_unchanged(fd)
         except BaseException:
@@ -67,7 +74,7 @@ class OpenFile:
         return fd
 
     def _open(self) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        flags = (os.O_RDWR if self.write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         if self.direct:
             try:
                 return os.open(self.file.path, flags | os.O_DIRECT)
@@ -80,11 +87,13 @@ class OpenFile:
     def check_unchanged(self, fd: int | None = None) -> None:
         """Raise FileChangedError unless the descriptor's file is, still, the one whose header was read."""
         status = os.fstat(self.fd if fd is None else fd)
-        got = SourceFile(self.file.path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)
-        if got == self.file:
-            return
-        facts = {"bytes": "nbytes", "device": "device", "inode": "inode", "modified (ns)": "mtime_ns"}
+        got = SourceFile.from_status(self.file.path, status)
+        facts = {"device": "device", "inode": "inode"}
+        if not self.write:
+            facts |= {"bytes": "nbytes", "modified (ns)": "mtime_ns"}
         changed = [(label, field) for label, field in facts.items() if getattr(got, field) != getattr(self.file, field)]
+        if not changed:
+            return
         raise FileChangedError(
             "the file is not the one whose header was read",
             file=self.file.path,
@@ -106,6 +115,10 @@ class OpenFile:
                 where,
                 os.strerror(number),
             )
+
+    def error(self, what: str, number: int, *, fix: str | None = None) -> ReadError | WriteError:
+        """Return what to raise when a transfer ended with `number`."""
+        return disk_error(what, self.file, number, write=self.write, fix=fix)
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""
@@ -168,11 +181,10 @@ class Block:
         if self._attempts >= _MAX_FRUITLESS_ATTEMPTS:
             raise self._error(what, number)
 
-    def _error(self, what: str, number: int) -> ReadError:
+    def _error(self, what: str, number: int) -> ReadError | WriteError:
         place = f"offset {self.offset}, length {self._expected}"
-        return read_error(
+        return self.opened.error(
             f"{what} at {place}",
-            self.opened.file,
             number,
             fix="Look at the kernel's log (`dmesg`) and the disk's health.",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from penstock.errors import ClosedError, FileChangedError, PenstockError
-from penstock.io.disk import OpenFile, read_error
+from penstock.io.disk import OpenFile, disk_error
 from penstock.io.files import SourceFile
 from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics, Ticket
 
@@ -141,7 +141,7 @@ class FakeReader(Reader):
                 number, half = errno.EIO, len(content) // 2
                 read.memory[:half] = content[:half]
             place = f"offset {read.offset}, length {read.memory.nbytes}"
-            raise read_error(f"cannot be read at {place}", read.file, number)
+            raise disk_error(f"cannot be read at {place}", read.file, number)
         read.memory[: len(content)] = content
         return len(content)
 

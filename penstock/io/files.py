@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 __all__ = ["DTYPE_BITS", "SourceFile", "TensorEntry"]
 
@@ -28,6 +30,16 @@ class SourceFile:
     device: int
     inode: int
     mtime_ns: int
+
+    @classmethod
+    def from_status(cls, path: Path, status: os.stat_result) -> Self:
+        """Return the identity of the file at `path` that `os.stat` or `os.fstat` described."""
+        return cls(path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)
+
+    @classmethod
+    def identify(cls, path: Path) -> Self:
+        """Return the identity of the file that `path` names now; raises OSError."""
+        return cls.from_status(path, path.stat())
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from penstock.errors import PenstockError, ReadError
-from penstock.io.aio_calls import AioCalls, available_calls, ffi
+from penstock.io.aio_calls import IOCB_CMD_PREAD, AioCalls, available_calls, ffi
 from penstock.io.disk import Block, DiskReader, OpenFile, read_now
 from penstock.io.libc import address_of
 from penstock.io.reader import Read, Ticket
 
-__all__ = ["LibaioReader"]
+__all__ = ["LibaioReader", "make_context"]
 
 _DEPTHS = (256, 64)
-_IOCB_CMD_PREAD = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +50,7 @@ class LibaioReader(DiskReader):
     def __init__(self, *, block_bytes: int = 1 << 20, calls: AioCalls | None = None) -> None:
         super().__init__(block_bytes=block_bytes, direct=True)
         self._calls = calls or available_calls()[0]
-        self._context = _make_context(self._calls)
+        self._context = make_context(self._calls, _DEPTHS)
         # The kernel copies requests while they are submitted: one array serves for all of them.
         self._capacity = _DEPTHS[0]
         self._iocbs = ffi.new("struct iocb[]", self._capacity)
@@ -126,7 +125,7 @@ class LibaioReader(DiskReader):
     def _fill(self, index: int, block: Block) -> None:
         iocb = self._iocbs[index]
         iocb.data = self._next_key + index
-        iocb.opcode = _IOCB_CMD_PREAD
+        iocb.opcode = IOCB_CMD_PREAD
         iocb.fd = block.opened.fd
         iocb.buffer = address_of(block.memory)
         iocb.nbytes = block.memory.nbytes
@@ -193,26 +192,26 @@ class LibaioReader(DiskReader):
         self._batches.clear()
 
 
-def _make_context(calls: AioCalls) -> int:
-    """Return a context of the greatest depth that the system grants."""
+def make_context(calls: AioCalls, depths: Sequence[int]) -> int:
+    """Return a context of the first of `depths` that the system grants; raises ReadError when it grants none."""
     context = ffi.new("uintptr_t *")
-    for depth in _DEPTHS:
+    for depth in depths:
         result = calls.setup(depth, context)
         if result == 0:
             return int(context[0])
         if result != -errno.EAGAIN:
             break
-    error = _context_error(-result)
+    error = _context_error(-result, depths[-1])
     error.errno = -result
     raise error
 
 
-def _context_error(number: int) -> ReadError:
+def _context_error(number: int, depth: int) -> ReadError:
     if number == errno.EAGAIN:
         used, limit = (_sysctl(name) for name in ("aio-nr", "aio-max-nr"))
         return ReadError(
             "the system has no Linux AIO requests left",
-            wanted=_DEPTHS[-1],
+            wanted=depth,
             got=f"{used} of {limit} in use (aio-nr of aio-max-nr)",
             fix="Raise the limit with `sysctl -w fs.aio-max-nr=1048576`, or choose the reader 'threads'.",
         )

@@ -1,4 +1,4 @@
-"""The reader contract: many positioned reads into the caller's memory, at once, off the caller's thread.
+"""The reader contract: many positioned reads, and writes, of the caller's memory, at once, off the caller's thread.
 
 Every backend is a file beside this one with a class that derives from `Reader`; every backend test runs on all of them.
 """
@@ -13,10 +13,10 @@ from typing import ClassVar, Self
 
 from penstock.io.files import SourceFile
 
-__all__ = ["ALIGNMENT", "Read", "Reader", "ReaderStatistics", "Ticket"]
+__all__ = ["ALIGNMENT", "Read", "Reader", "ReaderStatistics", "Ticket", "Write"]
 
 ALIGNMENT = 4096
-"""Offsets, lengths and addresses of reads are multiples of this many bytes: enough for O_DIRECT on common disks."""
+"""Offsets, lengths and addresses of reads and writes are multiples of this many bytes: enough for O_DIRECT on common disks."""
 
 Ticket = int
 """Names one submitted batch."""
@@ -36,23 +36,43 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Write:
+    """Put `memory` into `file` from `offset` on.
+
+    `memory` is the caller's: contiguous, format "B", unchanged until the batch was waited for. Offset, length and
+    address are multiples of `ALIGNMENT`. The file exists; it grows when the write reaches past its end, which is slow:
+    preallocate where that matters.
+    """
+
+    file: SourceFile
+    offset: int
+    memory: memoryview
+
+
+@dataclass(frozen=True, slots=True)
 class ReaderStatistics:
     """What a reader has done so far.
 
-    `reads` counts reads as they were given to the kernel, after cutting into blocks, and `buffered_reads` those of them
-    that went through the page cache. `bytes_read` counts bytes delivered. `busy_seconds` is
-    the time during which at least one read was under way; a backend that learns of the end of a read only in `wait`
-    counts until then.
+    `reads` and `writes` count requests as they were given to the kernel, after cutting into blocks; `buffered_reads`
+    counts those of the reads that went through the page cache. `bytes_read` and `bytes_written` count bytes that have
+    arrived. `busy_seconds` is the time during which at least one request was under way; a backend that learns of the
+    end of a request only in `wait` counts until then.
     """
 
     reads: int
     bytes_read: int
     busy_seconds: float
     buffered_reads: int
+    writes: int = 0
+    bytes_written: int = 0
 
 
 class Reader(ABC):
-    """Reads batches of extents. One thread at a time may drive it. A context manager; close is idempotent."""
+    """Reads and writes batches of extents. One thread at a time may drive it. A context manager; close is idempotent.
+
+    A file that was written to through this reader is known by device and inode from then on, no longer by its size and
+    times; reads of it see what was written and waited for. Batches in flight at once must not overlap in a file.
+    """
 
     name: ClassVar[str]
 
@@ -61,13 +81,21 @@ class Reader(ABC):
         """Start a batch of reads and return at once. Raises ReadError or FileChangedError when nothing was started."""
 
     @abstractmethod
-    def wait(self, ticket: Ticket) -> None:
-        """Block, with the GIL released, until every read of the batch has ended; each ticket is waited for once.
+    def submit_writes(self, writes: Sequence[Write]) -> Ticket:
+        """Start a batch of writes. Raises WriteError or FileChangedError when nothing was started."""
 
-        Batches may complete in any order. Raises the first error of the batch after all of its reads have ended (their
-        memory is the caller's again): ReadError names file, offset, length and errno; FileChangedError a file that was
-        cut short or replaced.
+    @abstractmethod
+    def wait(self, ticket: Ticket) -> None:
+        """Block, with the GIL released, until every request of the batch has ended; each ticket is waited for once.
+
+        Batches may complete in any order. Raises the first error of the batch after all of its requests have ended
+        (their memory is the caller's again): ReadError and WriteError name file, offset, length and errno;
+        FileChangedError a file that was cut short or replaced. What a failed batch has written is undefined.
         """
+
+    @abstractmethod
+    def sync(self, file: SourceFile) -> None:
+        """Block until what was written to `file`, and waited for, survives a loss of power. Raises WriteError."""
 
     @abstractmethod
     def statistics(self) -> ReaderStatistics:

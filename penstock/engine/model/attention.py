@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from penstock.engine.batch import CURRENT, Span
+from penstock.engine.model.flash import MAX_HEAD_SIZE, attend_together, can_attend_together
 from penstock.errors import UnsupportedModelError
 
 __all__ = ["ATTENTION", "Rule", "attend", "attend_spans", "penstock_attention", "rule_of"]
@@ -28,9 +30,6 @@ ATTENTION = "penstock"
 
 _SCORE_ELEMENTS = 1 << 24
 """Queries are taken in blocks so that scores and masks stay below this many elements (64 MiB of float32)."""
-
-_FLASH_SIZE = 256
-"""Head sizes up to this have kernels that make no scores; others would make all of them at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +122,32 @@ def attend_spans(
     keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     shared = module.kv_shared_layer_index if getattr(module, "is_kv_shared_layer", False) else None
     made = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
-    begin = 0
-    for span in batch.spans:
-        end = begin + span.length
-        if shared is None:
-            rows = batch.kv.append(layer, span.sequence, span.start, keys[begin:end], values[begin:end])
-        else:
-            rows = batch.kv.read(shared, span.sequence)
-        attend(query[0, :, begin:end], rows[0], rows[1], span, rule, out=made[0, begin:end])
-        begin = end
+    ends = list(accumulate(span.length for span in batch.spans))
+    if shared is None:
+        rows = [
+            batch.kv.append(
+                layer, span.sequence, span.start, keys[end - span.length : end], values[end - span.length : end]
+            )
+            for span, end in zip(batch.spans, ends, strict=True)
+        ]
+    else:
+        rows = [batch.kv.read(shared, span.sequence) for span in batch.spans]
+    chunked = rule.chunk is not None and max(span.end for span in batch.spans) > rule.chunk
+    one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
+    if rule.plain and not chunked and not one_prompt and can_attend_together(query, value):
+        flat = query[0].transpose(0, 1)
+        attend_together(flat, rows, batch.spans, scale=rule.scale, window=rule.window, out=made[0])
+        return made
+    for span, end, kept in zip(batch.spans, ends, rows, strict=True):
+        begin = end - span.length
+        attend(query[0, :, begin:end], kept[0], kept[1], span, rule, out=made[0, begin:end])
     return made
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, *, out: Tensor) -> None:
     """Attend for one span: query [Hq, n, D], keys [L, H, D], values [L, H, Dv] into out [n, Hq, Dv]."""
     key, value = keys.transpose(0, 1), values.transpose(0, 1)
-    fast = key.shape[-1] == value.shape[-1] <= _FLASH_SIZE
+    fast = key.shape[-1] == value.shape[-1] <= MAX_HEAD_SIZE
     if fast and rule.plain and span.start == 0 and span.length > 1 and _sees_all(rule, span.end):
         grouped = query.shape[0] != key.shape[0]
         made = scaled_dot_product_attention(
@@ -147,10 +156,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, 
         out.copy_(made[0].transpose(0, 1))
         return
     score = _plain if rule.plain else _scored
+    num_rows = query.shape[0] // key.shape[0] if rule.plain and fast else query.shape[0]  # of the mask, or of scores
     begin = 0
     while begin < span.length:
         first = rule.first_key(span.start + begin)
-        size = max(_SCORE_ELEMENTS // (query.shape[0] * (span.end - first)), 1)
+        size = max(_SCORE_ELEMENTS // (num_rows * (span.end - first)), 1)
         end = min(begin + size, span.length)
         last = span.start + end
         part, seen = query[:, begin:end], slice(first, last)

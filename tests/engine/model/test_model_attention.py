@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from penstock.engine.batch import Span
-from penstock.engine.model import attention
+from penstock.engine.model import attention, flash
 from penstock.engine.model.attention import Rule, attend
+from penstock.engine.model.flash import attend_together
 
 
 def naive(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule) -> Tensor:
@@ -83,3 +84,33 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert len(sizes) > 1
     assert max(sizes) <= 4000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("limit", [1, 1 << 26])
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("num_kv", [4, 2, 1])
+def test_sequences_together_are_sequences_alone(
+    num_kv: int, window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, a chunk and decode in one call of the flash kernel, without waiting for the device."""
+    monkeypatch.setattr(flash, "_COPY_NBYTES", limit)
+    spans = [Span(0, 0, 33), Span(1, 40, 1), Span(2, 17, 20), Span(3, 0, 1), Span(4, 3, 1)]
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(sum(span.length for span in spans), 4, 16, **options)
+    rows = [
+        (torch.randn(span.end, num_kv, 16, **options), torch.randn(span.end, num_kv, 16, **options)) for span in spans
+    ]
+    out = torch.empty_like(query)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend_together(query, rows, spans, scale=0.3, window=window, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    begin = 0
+    for span, (keys, values) in zip(spans, rows, strict=True):
+        end = begin + span.length
+        alone = query[begin:end].transpose(0, 1).cpu().float()
+        wanted = naive(alone, keys.cpu().float(), values.cpu().float(), span, Rule(0.3, window=window))
+        torch.testing.assert_close(out[begin:end].cpu().float(), wanted, atol=2e-2, rtol=2e-2)
+        begin = end

@@ -13,7 +13,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from penstock.engine.model.build import load_model
 from penstock.errors import ModelError
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # some of transformers' code
 
 
