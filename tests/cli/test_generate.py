@@ -31,7 +31,7 @@ def test_json_lines_end_with_one_summary(capsys, tiny_llama, tmp_path, device):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [8], "max_tokens": 3, "logprobs": 1}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    out, err = run(
+    out, _ = run(
         capsys, tiny_llama, "--prompts", prompts, "--device-memory", "4MiB", "--host-memory", "200KiB", "--ignore-eos",
         "--max-tokens", "5", "--json", "--verify", device=device,
     )  # fmt: skip

@@ -110,7 +110,7 @@ def test_tmpfs_is_read_through_the_page_cache_by_threads(make_file, memory, shar
 
 
 def test_refusals_of_o_direct(direct_sample, memory, monkeypatch):
-    from penstock.io import direct  # noqa: PLC0415
+    from penstock.io import direct
 
     monkeypatch.setattr(direct, "_alignment_refusal", lambda _: None)
     assert direct_refusal(direct_sample, memory.view) is None

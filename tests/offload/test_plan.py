@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ def test_resident_layers_are_spread_between_streamed_ones():
     plan = make_plan(shape((100,) * 12), MemoryTiers(device=1500, host=200), LIMITS)
     on_device = plan.layers_in(Tier.DEVICE)
     assert len(on_device) >= 2
-    gaps = [b - a for a, b in zip(on_device, on_device[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(on_device)]
     assert max(gaps) - min(gaps) <= 1
     assert len(plan.layers_in(Tier.HOST)) == 4
 

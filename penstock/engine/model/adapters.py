@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.batch import CURRENT
-from penstock.engine.model.attention import Rule, attend, attend_spans, rule_of
+from penstock.engine.model.attention import attend_spans, rule_of
 from penstock.engine.model.recurrent import cache_argument, wrap_recurrent
 from penstock.errors import UnsupportedModelError
+from penstock.kernels.attention import Rule, attend
 
 __all__ = ["Adaptation", "adapt", "refuse"]
 
@@ -182,7 +183,7 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
     for span in batch.spans:
         end = begin + span.length
         (kept,) = batch.kv.append(module.layer_idx, span.sequence, span.start, rows[begin:end])
-        attend(absorbed[:, begin:end], kept, kept[..., :rank], span, rule, out=made[begin:end])
+        attend(absorbed[:, begin:end], kept, kept[..., :rank], rule, out=made[begin:end])
         begin = end
     values: Tensor = torch.einsum("thr,hvr->thv", made, to_values)
     return values[None]

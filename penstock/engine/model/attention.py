@@ -4,58 +4,26 @@ transformers calls it for every layer of every family that uses its attention in
 function, so transformers builds no masks; positions and lengths come from the spans, which are Python numbers, so
 nothing here waits for the device.
 
-Shapes: T tokens of the micro-batch, n of one span, L keys; Hq query heads, H key heads; D and Dv head sizes.
+Shapes: T tokens of the micro-batch; Hq query heads, H key heads; D and Dv head sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from penstock.engine.batch import CURRENT, Span
-from penstock.engine.model.flash import MAX_HEAD_SIZE, attend_together, can_attend_together
+from penstock.engine.batch import CURRENT
 from penstock.errors import UnsupportedModelError
+from penstock.kernels.attention import Rule, attend
+from penstock.kernels.flash import attend_together, can_attend_together
 
-__all__ = ["ATTENTION", "Rule", "attend", "attend_spans", "penstock_attention", "rule_of"]
+__all__ = ["ATTENTION", "attend_spans", "penstock_attention", "rule_of"]
 
 ATTENTION = "penstock"
 """The name under which transformers finds `penstock_attention`."""
-
-_SCORE_ELEMENTS = 1 << 24
-"""Queries are taken in blocks so that scores and masks stay below this many elements (64 MiB of float32)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """Which keys a query sees, and how scores are made.
-
-    A query at position p sees keys up to p; only the last `window` of them; only those of its `chunk`. `softcap`,
-    `sinks` [Hq] and `bias` (positions of the keys [L] -> [Hq, 1, L], added to the scaled scores) change the scores.
-    """
-
-    scale: float
-    window: int | None = None
-    chunk: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    bias: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the scores are those of plain attention."""
-        return self.softcap is None and self.sinks is None and self.bias is None
-
-    def first_key(self, query: int) -> int:
-        """The first key that the query at this position sees."""
-        first = 0 if self.window is None else max(query - self.window + 1, 0)
-        return first if self.chunk is None else max(first, query // self.chunk * self.chunk)
 
 
 def penstock_attention(
@@ -136,96 +104,13 @@ def attend_spans(
     one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
     if rule.plain and not chunked and not one_prompt and can_attend_together(query, value):
         flat = query[0].transpose(0, 1)
-        attend_together(flat, rows, batch.spans, scale=rule.scale, window=rule.window, out=made[0])
+        lengths = [span.length for span in batch.spans]
+        attend_together(flat, rows, lengths, scale=rule.scale, window=rule.window, out=made[0])
         return made
     for span, end, kept in zip(batch.spans, ends, rows, strict=True):
         begin = end - span.length
-        attend(query[0, :, begin:end], kept[0], kept[1], span, rule, out=made[0, begin:end])
+        attend(query[0, :, begin:end], kept[0], kept[1], rule, out=made[0, begin:end])
     return made
-
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule, *, out: Tensor) -> None:
-    """Attend for one span: query [Hq, n, D], keys [L, H, D], values [L, H, Dv] into out [n, Hq, Dv]."""
-    key, value = keys.transpose(0, 1), values.transpose(0, 1)
-    fast = key.shape[-1] == value.shape[-1] <= MAX_HEAD_SIZE
-    if fast and rule.plain and span.start == 0 and span.length > 1 and _sees_all(rule, span.end):
-        grouped = query.shape[0] != key.shape[0]
-        made = scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=rule.scale, enable_gqa=grouped
-        )
-        out.copy_(made[0].transpose(0, 1))
-        return
-    score = _plain if rule.plain else _scored
-    num_rows = query.shape[0] // key.shape[0] if rule.plain and fast else query.shape[0]  # of the mask, or of scores
-    begin = 0
-    while begin < span.length:
-        first = rule.first_key(span.start + begin)
-        size = max(_SCORE_ELEMENTS // (num_rows * (span.end - first)), 1)
-        end = min(begin + size, span.length)
-        last = span.start + end
-        part, seen = query[:, begin:end], slice(first, last)
-        made = score(part, key[:, seen], value[:, seen], rule, start=span.start + begin, first=first)
-        out[begin:end].copy_(made.transpose(0, 1))
-        begin = end
-
-
-def _sees_all(rule: Rule, length: int) -> bool:
-    """Whether every query of a sequence of `length` tokens sees all keys before it."""
-    return (rule.window is None or length <= rule.window) and (rule.chunk is None or length <= rule.chunk)
-
-
-def _plain(query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, start: int, first: int) -> Tensor:
-    """Attend with torch's kernel. The query heads of a key head become its rows, so that keys need no repetition."""
-    num_heads, num_queries, size = query.shape
-    groups = num_heads // key.shape[0]
-    mask = _visible(num_queries, key.shape[1], rule, start=start, first=first, device=query.device)
-    if mask is not None and groups > 1:
-        mask = mask.repeat(groups, 1)
-    made = scaled_dot_product_attention(
-        query.reshape(1, key.shape[0], groups * num_queries, size), key[None], value[None], mask, scale=rule.scale
-    )
-    return made.reshape(num_heads, num_queries, value.shape[-1])
-
-
-def _scored(query: Tensor, key: Tensor, value: Tensor, rule: Rule, *, start: int, first: int) -> Tensor:
-    """Attend step by step, in the order of operations of transformers' eager attention; softmax in float32."""
-    num_heads, num_queries, size = query.shape
-    num_keys = key.shape[1]
-    folded = query.reshape(key.shape[0], -1, size)
-    scores = (folded @ key.transpose(1, 2)).view(num_heads, num_queries, num_keys) * rule.scale
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    if rule.bias is not None:
-        scores = scores + rule.bias(torch.arange(first, first + num_keys, device=query.device))
-    visible = _visible(num_queries, num_keys, rule, start=start, first=first, device=query.device)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
-    if rule.sinks is not None:
-        sinks = rule.sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, num_queries, 1)
-        weights = torch.cat([scores, sinks], -1).softmax(-1, dtype=torch.float32)[..., :-1]
-    else:
-        weights = scores.softmax(-1, dtype=torch.float32)
-    made = weights.to(value.dtype).view(key.shape[0], -1, num_keys) @ value
-    return made.view(num_heads, num_queries, -1)
-
-
-def _visible(
-    num_queries: int, num_keys: int, rule: Rule, *, start: int, first: int, device: torch.device
-) -> Tensor | None:
-    """Return [num_queries, num_keys], true where a query sees a key; None where the one query sees all of them.
-
-    Queries are at positions `start` on and keys at `first` on; the keys end with the last query's.
-    """
-    if num_queries == 1:
-        return None
-    queries = torch.arange(start, start + num_queries, device=device)[:, None]
-    keys = torch.arange(first, first + num_keys, device=device)
-    visible = keys <= queries
-    if rule.window is not None:
-        visible &= keys > queries - rule.window
-    if rule.chunk is not None:
-        visible &= keys >= queries // rule.chunk * rule.chunk
-    return visible
 
 
 AttentionInterface.register(ATTENTION, penstock_attention)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from families import FAMILIES, REFERENCE_ATTENTION, REFUSED, TOLERANCE
 from tiny_models import Stream, make_config, model_type, reference, save_checkpoint, worst_error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -22,12 +21,12 @@ def skip_unknown(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_streamed_layers_give_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+def test_streamed_layers_give_the_logits_of_transformers(name: str, tmp_path: Path, device: str) -> None:
     skip_unknown(model_type(name))
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    wanted = reference(tmp_path, attention=REFERENCE_ATTENTION.get(name, "eager"))
-    assert worst_error(Stream.open(tmp_path), wanted) <= TOLERANCE.get(name, 1e-4)
+    wanted = reference(tmp_path, attention=REFERENCE_ATTENTION.get(name, "eager"), device=device)
+    assert worst_error(Stream.open(tmp_path, device=device), wanted) <= TOLERANCE.get(name, 1e-4)
     assert max(logits.abs().max().item() for logits in wanted) > 1, "logits of no size prove nothing"
 
 
@@ -47,12 +46,3 @@ def test_the_documented_families_are_the_tested_ones() -> None:
     page = Path(__file__).parents[3] / "docs" / "families.md"
     rows = [line.split("|")[1].strip(" `") for line in page.read_text().splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted([*FAMILIES, *REFUSED]), "run scripts/families"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_streamed_layers_on_the_device(name: str, tmp_path: Path) -> None:
-    skip_unknown(model_type(name))
-    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
-    wanted = reference(tmp_path, attention=REFERENCE_ATTENTION.get(name, "eager"))
-    assert worst_error(Stream.open(tmp_path, device="cuda"), wanted) <= 10 * TOLERANCE.get(name, 1e-4)

@@ -70,11 +70,14 @@ def randomize(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def reference(path: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def reference(
+    path: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Tensor]:
     """Return transformers' logits [tokens, vocab] of every prompt and its answer, one sequence at a time, no cache."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
+    model = model.to(device)
     sequences = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
-    return [model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for tokens in sequences]
+    return [model(torch.tensor([tokens], device=device), use_cache=False).logits[0].cpu() for tokens in sequences]
 
 
 @dataclass(slots=True)

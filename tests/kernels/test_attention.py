@@ -1,4 +1,4 @@
-"""The ragged attention function against one line of arithmetic, for every rule, start and block size."""
+"""Attention against one line of arithmetic, for every rule, start and block size."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from penstock.engine.batch import Span
-from penstock.engine.model import attention, flash
-from penstock.engine.model.attention import Rule, attend
-from penstock.engine.model.flash import attend_together
+from penstock.kernels import attention, flash
+from penstock.kernels.attention import Rule, attend
+from penstock.kernels.flash import attend_together
 
 
 def naive(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule) -> Tensor:
@@ -48,7 +48,7 @@ RULES = {
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 13), (7, 1), (9, 6), (1, 12)])
 @pytest.mark.parametrize(("num_kv", "value_size"), [(4, 8), (2, 8), (1, 8), (2, 6)])
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_at_every_start(  # noqa: PLR0917
+def test_every_rule_at_every_start(
     name: str, num_kv: int, value_size: int, start: int, length: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_SCORE_ELEMENTS", elements)
@@ -59,7 +59,7 @@ def test_every_rule_at_every_start(  # noqa: PLR0917
     values = torch.randn(span.end, num_kv, value_size, generator=generator)
     rule = Rule(scale=0.3, **RULES[name])
     out = torch.empty(length, 4, value_size)
-    attend(query, keys, values, span, rule, out=out)
+    attend(query, keys, values, rule, out=out)
     torch.testing.assert_close(out, naive(query, keys, values, span, rule), atol=2e-6, rtol=1e-5)
 
 
@@ -78,7 +78,6 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(4, 50, 8),
         torch.randn(60, 2, 8),
         torch.randn(60, 2, 8),
-        Span(0, 10, 50),
         Rule(1.0, softcap=9.0),
         out=out,
     )
@@ -104,7 +103,7 @@ def test_sequences_together_are_sequences_alone(
     out = torch.empty_like(query)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend_together(query, rows, spans, scale=0.3, window=window, out=out)
+        attend_together(query, rows, [span.length for span in spans], scale=0.3, window=window, out=out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     begin = 0

@@ -15,8 +15,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from penstock.engine.batch import Span
-
 __all__ = ["MAX_HEAD_SIZE", "attend_together", "can_attend_together"]
 
 MAX_HEAD_SIZE = 256
@@ -41,20 +39,21 @@ def can_attend_together(query: Tensor, value: Tensor) -> bool:
 def attend_together(
     query: Tensor,
     rows: Sequence[tuple[Tensor, ...]],
-    spans: Sequence[Span],
+    lengths: Sequence[int],
     *,
     scale: float,
     window: int | None,
     out: Tensor,
 ) -> None:
-    """Attend causally: query [T, Hq, D] of all spans, rows (keys, values) [L, H, D] of each, into out [T, Hq, D].
+    """Attend causally: query [T, Hq, D] of all sequences, rows (keys, values) [L, H, D] of each, into out [T, Hq, D].
 
+    `lengths` says how many queries each sequence has; they are those of the last of its L positions.
     A query sees the last `window` keys up to its own position, or all of them.
     """
     first_token = 0
-    for group in _groups(spans, rows, window):
-        queries = tuple(span.length for span, _, _ in group)
-        lengths = tuple(keys.shape[0] for _, keys, _ in group)
+    for group in _groups(lengths, rows, window):
+        queries = tuple(length for length, _, _ in group)
+        num_keys = tuple(keys.shape[0] for _, keys, _ in group)
         end = first_token + sum(queries)
         keys = group[0][1] if len(group) == 1 else torch.cat([one for _, one, _ in group])
         values = group[0][2] if len(group) == 1 else torch.cat([one for _, _, one in group])
@@ -63,9 +62,9 @@ def attend_together(
             keys,
             values,
             _offsets(queries, query.device),
-            _offsets(lengths, query.device),
+            _offsets(num_keys, query.device),
             max(queries),
-            max(lengths),
+            max(num_keys),
             0.0,
             True,
             False,
@@ -78,14 +77,14 @@ def attend_together(
 
 
 def _groups(
-    spans: Sequence[Span], rows: Sequence[tuple[Tensor, ...]], window: int | None
-) -> Iterator[list[tuple[Span, Tensor, Tensor]]]:
-    """Cut off keys that no query of a span sees, and group spans whose keys together stay below the limit."""
-    group: list[tuple[Span, Tensor, Tensor]] = []
+    lengths: Sequence[int], rows: Sequence[tuple[Tensor, ...]], window: int | None
+) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
+    """Cut off keys that no query sees, and group sequences whose keys together stay below the limit."""
+    group: list[tuple[int, Tensor, Tensor]] = []
     nbytes = 0
-    for span, (keys, values) in zip(spans, rows, strict=True):
-        first = 0 if window is None else max(span.start - window + 1, 0)
-        seen = (span, keys[first:], values[first:])
+    for length, (keys, values) in zip(lengths, rows, strict=True):
+        first = 0 if window is None else max(keys.shape[0] - length - window + 1, 0)
+        seen = (length, keys[first:], values[first:])
         needed = 2 * seen[1].numel() * keys.element_size()
         if group and nbytes + needed > _COPY_NBYTES:
             yield group
