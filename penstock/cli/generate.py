@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 EXAMPLE_PROMPTS = (
-    "def fibonacci(n):\n",
+    "class Point:\n    def __init__(self, x, y):\n",
     "class Stack:\n    def __init__(self):\n",
     "import os\n\n\ndef read_file(path):\n",
 )
+"""What the bundled model completes when nothing else is asked of it."""
 
 
 def add_to(commands: Any) -> None:

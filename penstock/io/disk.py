@@ -1,141 +1,55 @@
-"""What every backend that reads real files shares: checked descriptors, blocks, and what to make of a read's result.
-
-Bytes come from the very file whose header was read, or not at all: its identity is compared when it is opened and again
-when a batch has ended. O_DIRECT can be refused late and in several ways (at open; at the first read, with EINVAL; by
-memory that a driver allocated, with EFAULT), and some file systems refuse only some files. So being direct or buffered
-is a state of each open file: after one refusal the file is buffered for good, and the block in question is read again.
-"""
+"""What every backend on real files shares: blocks, what to make of a transfer's result, and what was done so far."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import logging
 import os
 import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
-from penstock.errors import ClosedError, FileChangedError, ReadError, WriteError
+from penstock.errors import ClosedError, ReadError, WriteError
 from penstock.io.files import SourceFile
 from penstock.io.libc import address_of
-from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics
+from penstock.io.open_file import REFUSALS, OpenFile, disk_error
+from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics, Ticket, Write
 
-__all__ = ["Block", "DiskReader", "OpenFile", "disk_error", "read_now"]
+__all__ = ["Block", "DiskReader", "transfer_now"]
 
-_REFUSALS = frozenset({errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP})
 _MAX_FRUITLESS_ATTEMPTS = 8
-_READ_AGAIN = "Do not change a checkpoint while it is in use; start again."
-
-logger = logging.getLogger("penstock.io")
-
-
-def disk_error(
-    what: str, file: SourceFile, number: int, *, write: bool = False, fix: str | None = None, got: object = None
-) -> ReadError | WriteError:
-    """Return a ReadError, or with `write` a WriteError, that carries `number` as its errno."""
-    kind = WriteError if write else ReadError
-    error = kind(f"{what}: {os.strerror(number)} (errno {number})", file=file.path, got=got, fix=fix)
-    error.errno = number
-    return error
-
-
-class OpenFile:
-    """A descriptor of the file that `file` names, opened with O_DIRECT if `direct` and the file system agrees.
-
-    A file opened with `write` changes its size and times by our own doing, so only its device and inode are compared.
-    """
-
-    def __init__(self, file: SourceFile, *, direct: bool, write: bool = False) -> None:
-        self.file = file
-        self.direct = direct
-        self.write = write
-        self._lock = threading.Lock()
-        self.fd = -1
-        self.fd = self.open_again()
-
-    def open_again(self) -> int:
-        """Return a new, checked descriptor with its own position, direct or buffered as this file is now."""
-        try:
-            fd = self._open()
-        except FileNotFoundError as error:
-            raise FileChangedError("the file is gone", file=self.file.path, fix=_READ_AGAIN) from error
-        except OSError as error:
-            number = error.errno or errno.EIO
-            full = number in {errno.EMFILE, errno.ENFILE}
-            fix = "Raise the limit on open files: `ulimit -n 65536`." if full else "Check the file and its permissions."
-            raise disk_error("cannot be opened", self.file, number, write=self.write, fix=fix) from error
-        try:
-            self.check_unchanged(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _open(self) -> int:
-        flags = (os.O_RDWR if self.write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-        if self.direct:
-            try:
-                return os.open(self.file.path, flags | os.O_DIRECT)
-            except OSError as error:
-                if error.errno not in _REFUSALS:
-                    raise
-                self.give_up_direct(error.errno, "open")
-        return os.open(self.file.path, flags)
-
-    def check_unchanged(self, fd: int | None = None) -> None:
-        """Raise FileChangedError unless the descriptor's file is, still, the one whose header was read."""
-        status = os.fstat(self.fd if fd is None else fd)
-        got = SourceFile.from_status(self.file.path, status)
-        facts = {"device": "device", "inode": "inode"}
-        if not self.write:
-            facts |= {"bytes": "nbytes", "modified (ns)": "mtime_ns"}
-        changed = [(label, field) for label, field in facts.items() if getattr(got, field) != getattr(self.file, field)]
-        if not changed:
-            return
-        raise FileChangedError(
-            "the file is not the one whose header was read",
-            file=self.file.path,
-            wanted=", ".join(f"{label} {getattr(self.file, field)}" for label, field in changed),
-            got=", ".join(f"{label} {getattr(got, field)}" for label, field in changed),
-            fix=_READ_AGAIN,
-        )
-
-    def give_up_direct(self, number: int, where: str) -> None:
-        """Go through the page cache from now on, on the same descriptor."""
-        with self._lock:
-            if self.direct and self.fd >= 0:
-                fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-            first, self.direct = self.direct, False
-        if first:
-            logger.warning(
-                "%s: O_DIRECT was refused at %s (%s); reading it through the page cache, which is slower",
-                self.file.path,
-                where,
-                os.strerror(number),
-            )
-
-    def error(self, what: str, number: int, *, fix: str | None = None) -> ReadError | WriteError:
-        """Return what to raise when a transfer ended with `number`."""
-        return disk_error(what, self.file, number, write=self.write, fix=fix)
-
-    def close(self) -> None:
-        """Close the descriptor; idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+_FIXES = {
+    errno.ENOSPC: "Free space on this file system.",
+    errno.EDQUOT: "Free space within your disk quota.",
+    errno.EFBIG: "Raise the limit on file sizes (`ulimit -f`), or use a file system without this one.",
+}
 
 
 class Block:
-    """A piece of a read on its way: knows what is still to come, and what to do about every result."""
+    """A piece of a read or write on its way: knows what is still to come, and what to do about every result."""
 
-    __slots__ = ("_attempts", "_expected", "_issued_direct", "buffered", "memory", "offset", "opened", "size")
+    __slots__ = (
+        "_attempts",
+        "_expected",
+        "_issued_direct",
+        "address",
+        "buffered",
+        "memory",
+        "offset",
+        "opened",
+        "size",
+        "write",
+    )
 
-    def __init__(self, opened: OpenFile, offset: int, memory: memoryview, expected: int) -> None:
+    def __init__(
+        self, opened: OpenFile, offset: int, memory: memoryview, address: int, *, expected: int, write: bool = False
+    ) -> None:
         self.opened = opened
         self.offset = offset
         self.memory = memory
+        self.address = address
+        self.write = write
         self.size = expected
         self.buffered = False
         self._expected = expected
@@ -162,19 +76,24 @@ class Block:
         progress = result // ALIGNMENT * ALIGNMENT
         if progress == 0:
             self.opened.check_unchanged()
-            self._count_attempt("delivers fewer bytes than it has", errno.EIO)
+            self._count_attempt("takes no bytes" if self.write else "delivers fewer bytes than it has", errno.EIO)
         self.offset += progress
         self.memory = self.memory[progress:]
+        self.address += progress
         self._expected -= progress
         return False
 
     def _take_error(self, number: int) -> None:
         if number in {errno.EINTR, errno.EAGAIN}:
-            self._count_attempt("cannot be read", number)
-        elif number in _REFUSALS and self._issued_direct:
+            self._count_attempt(self._fault, number)
+        elif number in REFUSALS and self._issued_direct:
             self.opened.give_up_direct(number, f"offset {self.offset}")
         else:
-            raise self._error("cannot be read", number)
+            raise self._error(self._fault, number)
+
+    @property
+    def _fault(self) -> str:
+        return "cannot be written" if self.write else "cannot be read"
 
     def _count_attempt(self, what: str, number: int) -> None:
         self._attempts += 1
@@ -182,32 +101,36 @@ class Block:
             raise self._error(what, number)
 
     def _error(self, what: str, number: int) -> ReadError | WriteError:
-        place = f"offset {self.offset}, length {self._expected}"
-        return self.opened.error(
-            f"{what} at {place}",
+        return disk_error(
+            f"{what} at offset {self.offset}, length {self._expected}",
+            self.opened.file,
             number,
-            fix="Look at the kernel's log (`dmesg`) and the disk's health.",
+            write=self.write,
+            fix=_FIXES.get(number, "Look at the kernel's log (`dmesg`) and the disk's health."),
         )
 
 
-def read_now(block: Block) -> None:
-    """Read a whole block in the calling thread, with the GIL released."""
+def transfer_now(block: Block) -> None:
+    """Read or write a whole block in the calling thread, with the GIL released."""
     done = False
     while not done:
         direct = block.issue()
         offset, fd = block.offset, block.opened.fd
         try:
-            result = os.preadv(fd, [block.memory], offset)
+            result = (os.pwritev if block.write else os.preadv)(fd, [block.memory], offset)
         except OSError as error:
             result = -(error.errno or errno.EIO)
         done = block.take(result)
-        if not direct and result > 0:
+        if not direct and not block.write and result > 0:
             # The bytes now are where they are wanted; a second copy would only push other memory out.
             os.posix_fadvise(fd, offset, result, os.POSIX_FADV_DONTNEED)
 
 
 class DiskReader(Reader):
-    """Keeps the descriptors, cuts reads into blocks and counts what was done. Safe to count from several threads."""
+    """Keeps the descriptors, cuts requests into blocks and counts what was done. Safe to count from several threads.
+
+    A backend adds how blocks are launched and waited for.
+    """
 
     def __init__(self, *, block_bytes: int, direct: bool) -> None:
         assert block_bytes > 0
@@ -215,17 +138,45 @@ class DiskReader(Reader):
         self._block_bytes = block_bytes
         self._direct = direct
         self._files: dict[SourceFile, OpenFile] = {}
+        self._written: dict[SourceFile, OpenFile] = {}
         self._closed = False
         self._lock = threading.Lock()
         self._under_way = 0
         self._busy_since = 0.0
-        self._counts = ReaderStatistics(reads=0, bytes_read=0, busy_seconds=0.0, buffered_reads=0)
+        self._counts = _Counts()
+
+    def submit(self, reads: Sequence[Read]) -> Ticket:
+        """Cut reads into blocks and launch them; return at once."""
+        return self._launch(self._cut(reads))
+
+    def submit_writes(self, writes: Sequence[Write]) -> Ticket:
+        """Cut writes into blocks and launch them; return at once."""
+        self._check_open()
+        opened = {write.file: self._open_to_write(write.file) for write in writes}
+        return self._launch([block for write in writes for block in self._blocks_of(opened[write.file], write)])
+
+    def sync(self, file: SourceFile) -> None:
+        """Flush a file's data, its size and the disk's own cache."""
+        self._check_open()
+        opened = self._open_to_write(file)
+        try:
+            os.fdatasync(opened.fd)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise disk_error("cannot be synchronised", file, number, write=True, fix=_FIXES.get(number)) from error
+
+    @abstractmethod
+    def _launch(self, blocks: Sequence[Block]) -> Ticket:
+        """Start a batch."""
 
     def statistics(self) -> ReaderStatistics:
         """Return a snapshot."""
         self._check_open()
         with self._lock:
-            return self._counts
+            counts = asdict(self._counts)
+            if self._under_way:
+                counts["busy_seconds"] += time.perf_counter() - self._busy_since
+            return ReaderStatistics(**counts)
 
     def close(self) -> None:
         """Wait for what is in flight, then close every descriptor."""
@@ -235,7 +186,7 @@ class DiskReader(Reader):
         try:
             self._drain()
         finally:
-            for opened in self._files.values():
+            for opened in (*self._files.values(), *self._written.values()):
                 opened.close()
 
     @abstractmethod
@@ -253,21 +204,33 @@ class DiskReader(Reader):
         return [block for read in reads for block in self._blocks(opened[read.file], read)]
 
     def _open(self, file: SourceFile) -> OpenFile:
-        opened = self._files.get(file)
+        opened = self._written.get(file) or self._files.get(file)
         if opened is None:
             opened = self._files[file] = OpenFile(file, direct=self._direct)
         return opened
 
+    def _open_to_write(self, file: SourceFile) -> OpenFile:
+        opened = self._written.get(file)
+        if opened is None:
+            opened = self._written[file] = OpenFile(file, direct=self._direct, write=True)
+        return opened
+
     def _blocks(self, opened: OpenFile, read: Read) -> Iterator[Block]:
-        # Checked here, since misaligned reads would only show as a refusal of O_DIRECT.
-        assert read.offset >= 0
-        assert read.offset % ALIGNMENT == 0
-        assert read.memory.nbytes % ALIGNMENT == 0
-        assert address_of(read.memory) % ALIGNMENT == 0
-        available = min(read.memory.nbytes, opened.file.nbytes - read.offset)
+        address = _aligned_address(read.offset, read.memory)
+        available = min(read.memory.nbytes, opened.nbytes - read.offset)
         for start in range(0, max(0, available), self._block_bytes):
             memory = read.memory[start : start + self._block_bytes]
-            yield Block(opened, read.offset + start, memory, min(memory.nbytes, available - start))
+            yield Block(
+                opened, read.offset + start, memory, address + start, expected=min(memory.nbytes, available - start)
+            )
+
+    def _blocks_of(self, opened: OpenFile, write: Write) -> Iterator[Block]:
+        address = _aligned_address(write.offset, write.memory)
+        for start in range(0, write.memory.nbytes, self._block_bytes):
+            memory = write.memory[start : start + self._block_bytes]
+            yield Block(
+                opened, write.offset + start, memory, address + start, expected=memory.nbytes, write=True
+            )
 
     def _check_unchanged(self, files: Iterable[OpenFile]) -> None:
         for opened in files:
@@ -284,11 +247,38 @@ class DiskReader(Reader):
         """Count one block's end."""
         with self._lock:
             self._under_way -= 1
-            idle = self._under_way == 0
-            counts = self._counts
-            self._counts = ReaderStatistics(
-                reads=counts.reads + delivered,
-                bytes_read=counts.bytes_read + (block.size if delivered else 0),
-                busy_seconds=counts.busy_seconds + (time.perf_counter() - self._busy_since if idle else 0.0),
-                buffered_reads=counts.buffered_reads + (delivered and block.buffered),
-            )
+            if self._under_way == 0:
+                self._counts.busy_seconds += time.perf_counter() - self._busy_since
+            if delivered:
+                self._counts.add(block)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """ReaderStatistics that grow in place: a new value per block would cost more than the rest of a block's way."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    busy_seconds: float = 0.0
+    buffered_reads: int = 0
+    writes: int = 0
+    bytes_written: int = 0
+
+    def add(self, block: Block) -> None:
+        if block.write:
+            self.writes += 1
+            self.bytes_written += block.size
+        else:
+            self.reads += 1
+            self.bytes_read += block.size
+            self.buffered_reads += block.buffered
+
+
+def _aligned_address(offset: int, memory: memoryview) -> int:
+    # Checked here, since a misaligned request would only show as a refusal of O_DIRECT.
+    assert offset >= 0
+    assert offset % ALIGNMENT == 0
+    assert memory.nbytes % ALIGNMENT == 0
+    address = address_of(memory)
+    assert address % ALIGNMENT == 0
+    return address

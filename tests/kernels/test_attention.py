@@ -86,6 +86,7 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("limit", [1, 1 << 26])
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("num_kv", [4, 2, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def test_what_cannot_be_streamed_is_refused_by_name(name: str, tmp_path: Path) -
 
 
 def test_the_documented_families_are_the_tested_ones() -> None:
-    page = Path(__file__).parents[3] / "docs" / "families.md"
-    rows = [line.split("|")[1].strip(" `") for line in page.read_text().splitlines() if line.startswith("| `")]
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "families.md").read_text()
+    rows = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted([*FAMILIES, *REFUSED]), "run scripts/families"
+    listed = (root / "README.md").read_text().split("scripts/families: begin")[1]
+    assert all(re.search(rf"[ |]{name}[ ,.]", listed) for name in [*FAMILIES, *REFUSED]), "run scripts/families"
