@@ -29,10 +29,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`."""
+    """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
+
+    `max_scores` bounds the attention scores that are in memory at once.
+    """
 
     spans: tuple[Span, ...]
     kv: KVStore
+    max_scores: int = 1 << 24
 
     @property
     def num_tokens(self) -> int:

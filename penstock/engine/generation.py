@@ -35,6 +35,7 @@ class Generation:
         sampler: Sampler,
         tokenizer: Tokenizer | None,
         end_ids: Collection[int],
+        max_scores: int,
         on_pass: Callable[[Progress], None] | None = None,
         streamed_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -45,6 +46,7 @@ class Generation:
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
+        self._max_scores = max_scores
         self._on_pass = on_pass
         self._streamed_bytes = streamed_bytes
         self._texts: dict[int, Detokenizer] = {}
@@ -75,12 +77,12 @@ class Generation:
                 yield from done
         finally:
             self._scheduler.abort()
-            self._kv.check_integrity()
 
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Run one pass; return the sequences that got a token."""
         logits = self._executor.run_pass([self._forward(spans) for spans in schedule.micro_batches])
         self.num_passes += 1
+        self._kv.check_integrity()
         ready = self._scheduler.computed(schedule)
         rows = torch.cat([row for row in logits if row.shape[0]]) if ready else None
         self.prompt_tokens += schedule.num_tokens - sum(len(s.output_ids) > 0 for s in ready)
@@ -93,7 +95,7 @@ class Generation:
         return ready
 
     def _forward(self, spans: tuple[Span, ...]) -> tuple[MicroBatch, Callable[[], Tensor]]:
-        batch = MicroBatch(spans, self._kv)
+        batch = MicroBatch(spans, self._kv, self._max_scores)
         tokens: list[int] = []
         keep: list[int] = []
         for span in spans:

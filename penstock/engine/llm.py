@@ -17,9 +17,9 @@ import torch
 
 from penstock.engine.executor import Executor
 from penstock.engine.generation import Generation
-from penstock.engine.model.build import load_model
+from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
-from penstock.engine.outputs import CompletionOutput, RequestOutput
+from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from penstock.engine.rehearsal import rehearse
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampler import Sampler
@@ -40,7 +40,7 @@ from penstock.io.choose import ReaderName
 from penstock.io.limits import available_memory
 from penstock.offload.kv import KVCost, KVStore
 from penstock.offload.plan import PassLimits, Plan, make_plan
-from penstock.offload.stream import WeightStream
+from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 
 __all__ = ["LLM", "Prompt"]
@@ -82,12 +82,15 @@ class LLM:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = _find_device(device)
         self._closed = False
+        self._generation: Generation | None = None
         start = time.perf_counter()
         checkpoint = Checkpoint.open(self.path)
         self._model = load_model(self.path, dtype=dtype, device=str(self._device))
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
         self._executor = Executor(self._model.layers)
+        known = _resolve(tiers or MemoryTiers(), self._device)
+        _check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
         if self._device.type == "cuda":
@@ -98,8 +101,13 @@ class LLM:
             if micro_batch_tokens < 1:
                 raise ConfigError("micro_batch_tokens is out of range", wanted="at least 1", got=micro_batch_tokens)
             limits = replace(limits, micro_batch_tokens=micro_batch_tokens)
-        known = _resolve(tiers or MemoryTiers(), self._device)
         self.plan: Plan = make_plan(self._shape, known, limits)
+        if micro_batch_tokens is not None and self.plan.micro_batch_tokens < micro_batch_tokens:
+            logger.warning(
+                "micro-batches of %d tokens do not fit the budget, %d do",
+                micro_batch_tokens,
+                self.plan.micro_batch_tokens,
+            )
         self._kv = KVStore(
             limit_nbytes=self.plan.kv_nbytes,
             cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes),
@@ -115,6 +123,7 @@ class LLM:
                     io_backend=io_backend,
                 )
             )
+            cleanup.callback(self._model.unbind)
             self._bind()
             self._weights.load(on_load)
             self._exit = cleanup.pop_all()
@@ -156,9 +165,14 @@ class LLM:
         *,
         on_pass: Callable[[Progress], None] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Complete prompts and yield each result as soon as it has finished; arguments and errors as in `generate`."""
+        """Complete prompts and yield each result as soon as it has finished; arguments and errors as in `generate`.
+
+        One run at a time: raises RequestError while another stream of this model is open.
+        """
         if self._closed:
             raise ClosedError("the model is closed")
+        if self._generation is not None:
+            raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
         sequences = self._sequences(prompts, sampling_params)
         scheduler = Scheduler(
             self._kv,
@@ -176,15 +190,28 @@ class LLM:
             sampler=self._sampler,
             tokenizer=self.tokenizer,
             end_ids=self._end_ids,
+            max_scores=self.plan.max_scores,
             on_pass=on_pass,
             streamed_bytes=lambda: self._weights.statistics().device_bytes - before.device_bytes,
         )
+        return self._run(generation, before)
+
+    def _run(self, generation: Generation, before: StreamStatistics) -> Iterator[RequestOutput]:
         start = time.perf_counter()
-        with closing(generation.run()) as finished:
-            for sequence in finished:
-                seconds = time.perf_counter() - start
-                self._report(generation, seconds, Traffic.between(before, self._weights.statistics()))
-                yield self._output(sequence)
+        if self._generation is not None:
+            raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
+        self._generation = generation
+        try:
+            with closing(generation.run()) as finished:
+                for sequence in finished:
+                    seconds = time.perf_counter() - start
+                    self._report(generation, seconds, Traffic.between(before, self._weights.statistics()))
+                    yield self._output(sequence)
+                    if self._closed:
+                        raise ClosedError("the model was closed during a run")
+            self._report(generation, time.perf_counter() - start, Traffic.between(before, self._weights.statistics()))
+        finally:
+            self._generation = None
 
     def chat(
         self,
@@ -199,9 +226,12 @@ class LLM:
         """Return the prompt that the tokenizer's chat template makes of {"role", "content"} messages."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise RequestError("this model has no chat template", file=self.path, fix="Use plain prompts.")
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:
+            raise RequestError(f"the chat template refuses these messages: {error}", got=repr(messages)[:80]) from error
         return {"prompt_token_ids": ids}
 
     def _sequences(
@@ -247,6 +277,10 @@ class LLM:
                 file=self.path,
                 fix="Give token ids, or put the tokenizer's files beside the model.",
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt {number} is not text", wanted="Unicode", got=error.reason) from error
         return prompt, tuple(self.tokenizer(prompt).input_ids)
 
     def _output(self, sequence: Sequence) -> RequestOutput:
@@ -256,11 +290,16 @@ class LLM:
             text=sequence.text,
             token_ids=tuple(sequence.output_ids),
             cumulative_logprob=sequence.cumulative_logprob if asked else None,
-            logprobs=tuple(sequence.logprobs) if asked else None,
+            logprobs=tuple(map(self._with_text, sequence.logprobs)) if asked else None,
             finish_reason=sequence.finish_reason or "length",
             stop_reason=sequence.stop_reason,
         )
         return RequestOutput(str(sequence.number), sequence.prompt, sequence.prompt_ids, (completion,))
+
+    def _with_text(self, logprobs: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return logprobs
+        return {token: replace(one, decoded_token=self.tokenizer.decode([token])) for token, one in logprobs.items()}
 
     def _report(self, generation: Generation, seconds: float, traffic: Traffic) -> None:
         self.last_run = RunReport(
@@ -286,8 +325,9 @@ class LLM:
         """Give back all memory, descriptors and threads; later calls raise ClosedError."""
         if not self._closed:
             self._closed = True
-            self._model.unbind()
             self._exit.close()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -312,6 +352,7 @@ def _find_tokenizer(path: Path) -> Any | None:
 def _find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device %s: torch %s", name, "sees a GPU" if name == "cuda" else "sees no GPU")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -323,6 +364,19 @@ def _find_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _check_rehearsal_fits(model: StreamedModel, device: torch.device) -> None:
+    """Refuse a model of which not even one layer and the resident unit fit, before anything is allocated."""
+    needed = model.resident.nbytes + max(layout.nbytes for layout in model.layer_layouts)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > free:
+        raise BudgetError(
+            "one layer plus the resident unit are more than the device has",
+            wanted=f"more than {format_size(needed)}",
+            got=f"{format_size(free)} free",
+            fix="Use a device with more memory, or --dtype bfloat16 where the checkpoint is wider.",
+        )
 
 
 def _resolve(tiers: MemoryTiers, device: torch.device) -> MemoryTiers:

@@ -8,7 +8,7 @@ that knows families.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
+from penstock.offload.buffers import convert
 from penstock.offload.kv import KVStore
+from penstock.offload.layout import Layout
 from penstock.offload.plan import ModelShape
 
 __all__ = ["rehearse"]
@@ -48,12 +50,13 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
     executor.weights = _Nothing(watch)
     with watch:
         (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])
+    converting = 2 * _conversion_peak((*layers, model.resident), scratch, resident)  # two threads may convert at once
     row = logits.shape[-1] * logits.element_size()
     cost = kv.measure()
     kept = cost.of(NUM_TOKENS)
     return ModelShape(
         resident_nbytes=model.resident.nbytes,
-        fixed_nbytes=sampler_nbytes,
+        fixed_nbytes=sampler_nbytes + converting,
         layer_nbytes=tuple(layout.nbytes for layout in layers),
         wire_nbytes=tuple(layout.wire_nbytes for layout in layers),
         workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS),
@@ -61,6 +64,17 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
     )
+
+
+def _conversion_peak(units: Sequence[Layout], *buffers: Tensor) -> int:
+    """Return the most bytes that converting a unit on arrival takes beside its buffer, over units of each size."""
+    peak = 0
+    for unit in {unit.nbytes: unit for unit in units if unit.conversions}.values():
+        buffer = next(buffer for buffer in buffers if buffer.numel() >= unit.nbytes)
+        with torch.inference_mode(), _Watch() as watch:
+            convert(unit, buffer)
+        peak = max(peak, watch.peak)
+    return peak
 
 
 class _Nothing:

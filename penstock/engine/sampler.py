@@ -15,6 +15,7 @@ from torch import Tensor
 
 from penstock.engine.outputs import Logprob
 from penstock.engine.sequence import Sequence
+from penstock.errors import ModelOutputError
 
 __all__ = ["Sampler", "Token"]
 
@@ -40,6 +41,13 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token]:
         """Choose one token per row of `logits` [len(sequences), vocab], any float dtype, on any device."""
+        if not bool(logits.isfinite().all()):
+            raise ModelOutputError(
+                "the model's logits are not finite",
+                wanted="numbers",
+                got=f"infinity or NaN in {logits.dtype}",
+                fix="float16 overflows in some models: use --dtype bfloat16 or float32.",
+            )
         greedy = logits.argmax(dim=-1).tolist()
         chosen = {row: token for row, token in enumerate(greedy) if sequences[row].params.is_greedy}
         drawn = [row for row in range(len(sequences)) if row not in chosen]
@@ -55,20 +63,23 @@ class Sampler:
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Draw one token per row of float32 logits, by inverting the distribution function of what top-k and top-p keep."""
-    device = logits.device
-    temperature = torch.tensor([[s.params.temperature] for s in sequences], device=device)
+    """Draw one token per row of float32 logits, by inverting the distribution function of what top-k and top-p keep.
+
+    The likeliest token is always kept.
+    """
+    device, size = logits.device, logits.shape[-1]
+    temperature = torch.tensor([[max(s.params.temperature, 1e-5)] for s in sequences], device=device)
     top_p = torch.tensor([[s.params.top_p] for s in sequences], device=device)
-    top_k = torch.tensor([[s.params.top_k or logits.shape[-1]] for s in sequences], device=device)
+    top_k = torch.tensor([[min(s.params.top_k or size, size)] for s in sequences], device=device)
     uniform = torch.tensor([[_uniform(s)] for s in sequences], device=device, dtype=torch.float64)
     ordered, tokens = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    rank = torch.arange(logits.shape[-1], device=device)
-    probabilities = probabilities.masked_fill((before >= top_p) | (rank >= top_k), 0.0)
+    rank = torch.arange(size, device=device)
+    probabilities = probabilities.masked_fill(((before >= top_p) | (rank >= top_k)) & (rank > 0), 0.0)
     sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
     place = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp_min(0)
     return [int(token) for token in tokens.gather(-1, torch.minimum(place, last)).squeeze(-1).tolist()]
 
 

@@ -32,6 +32,7 @@ class SamplingParams:
 
     def __init__(
         self,
+        /,
         *,
         max_tokens: int = 16,
         temperature: float = 1.0,
@@ -50,14 +51,14 @@ class SamplingParams:
                 got=", ".join(sorted(unsupported)),
                 fix="Leave them out.",
             )
-        strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Sequence) else stop
         fields = {
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
-            "top_k": max(top_k, 0) if top_k == -1 else top_k,
+            "top_k": 0 if top_k == -1 else top_k,
             "seed": seed,
-            "stop": strings,
+            "stop": tuple(strings),
             "ignore_eos": ignore_eos,
             "logprobs": logprobs,
         }

@@ -24,6 +24,9 @@ class Room(Protocol):
     def fits(self, num_tokens: int) -> bool:
         """Say whether a sequence of so many tokens can start now."""
 
+    def check(self, num_tokens: int, what: str) -> None:
+        """Raise BudgetError, naming `what`, when a sequence of so many tokens can never start."""
+
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         """Reserve memory for a sequence."""
 
@@ -63,12 +66,8 @@ class Scheduler:
                 got=f"{len(sequence.prompt_ids)} tokens",
                 fix="Give the device more memory or raise the micro-batch tokens.",
             )
+        self._room.check(sequence.capacity, f"prompt {sequence.number} and its new tokens")
         self._waiting.append(sequence)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that have not started."""
-        return len(self._waiting)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -79,7 +78,7 @@ class Scheduler:
         return self._running[number]
 
     def schedule(self) -> Schedule:
-        """Choose the next pass; an empty one when nothing is left. Raises BudgetError when nothing can ever start."""
+        """Choose the next pass; an empty one when nothing is left."""
         packer = _Packer(self._micro_batch_tokens, splits=self._splits_prompts)
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed == 1:
@@ -92,9 +91,6 @@ class Scheduler:
             self._room.acquire(sequence.number, num_tokens=sequence.capacity)
             self._running[sequence.number] = sequence
             self._prefill(sequence, packer)
-        if self._waiting and not self._running:
-            sequence = self._waiting[0]
-            self._room.acquire(sequence.number, num_tokens=sequence.capacity)  # raises, and says what is short
         return Schedule(packer.finish())
 
     def _room_for(self, sequence: Sequence, packer: _Packer) -> bool:

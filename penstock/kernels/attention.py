@@ -18,9 +18,6 @@ from penstock.kernels.flash import MAX_HEAD_SIZE
 
 __all__ = ["Rule", "attend"]
 
-_SCORE_ELEMENTS = 1 << 24
-"""Queries are taken in blocks so that scores and masks stay below this many elements (64 MiB of float32)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -48,10 +45,11 @@ class Rule:
         return first if self.chunk is None else max(first, query // self.chunk * self.chunk)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, rule: Rule, *, out: Tensor) -> None:
+def attend(query: Tensor, keys: Tensor, values: Tensor, rule: Rule, *, max_scores: int, out: Tensor) -> None:
     """Attend for one sequence: query [Hq, n, D], keys [L, H, D], values [L, H, Dv] into out [n, Hq, Dv].
 
-    The queries are those of the last n of the L positions.
+    The queries are those of the last n of the L positions. They are taken in blocks, so that scores and masks stay
+    below `max_scores` elements, or those of one query; that takes up to 16 bytes for each.
     """
     length, end_position = query.shape[1], keys.shape[0]
     start = end_position - length
@@ -69,7 +67,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, rule: Rule, *, out: Tens
     begin = 0
     while begin < length:
         first = rule.first_key(start + begin)
-        size = max(_SCORE_ELEMENTS // (num_rows * (end_position - first)), 1)
+        size = max(max_scores // (num_rows * (end_position - first)), 1)
         end = min(begin + size, length)
         last = start + end
         part, seen = query[:, begin:end], slice(first, last)

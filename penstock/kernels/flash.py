@@ -20,9 +20,6 @@ __all__ = ["MAX_HEAD_SIZE", "attend_together", "can_attend_together"]
 MAX_HEAD_SIZE = 256
 """Head sizes up to this have kernels that keep no scores in memory."""
 
-_COPY_NBYTES = 64 << 20
-"""Keys and values that are copied together for one call, at most; a sequence with more goes alone, without a copy."""
-
 
 def can_attend_together(query: Tensor, value: Tensor) -> bool:
     """Say whether the kernel takes these heads: query [..., D], value [..., Dv]."""
@@ -43,15 +40,17 @@ def attend_together(
     *,
     scale: float,
     window: int | None,
+    copy_nbytes: int,
     out: Tensor,
 ) -> None:
     """Attend causally: query [T, Hq, D] of all sequences, rows (keys, values) [L, H, D] of each, into out [T, Hq, D].
 
     `lengths` says how many queries each sequence has; they are those of the last of its L positions.
-    A query sees the last `window` keys up to its own position, or all of them.
+    At most `copy_nbytes` bytes of keys and values are copied together for one call; a sequence with more goes alone,
+    without a copy. A query sees the last `window` keys up to its own position, or all of them.
     """
     first_token = 0
-    for group in _groups(lengths, rows, window):
+    for group in _groups(lengths, rows, window, copy_nbytes):
         queries = tuple(length for length, _, _ in group)
         num_keys = tuple(keys.shape[0] for _, keys, _ in group)
         end = first_token + sum(queries)
@@ -77,7 +76,7 @@ def attend_together(
 
 
 def _groups(
-    lengths: Sequence[int], rows: Sequence[tuple[Tensor, ...]], window: int | None
+    lengths: Sequence[int], rows: Sequence[tuple[Tensor, ...]], window: int | None, copy_nbytes: int
 ) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
     """Cut off keys that no query sees, and group sequences whose keys together stay below the limit."""
     group: list[tuple[int, Tensor, Tensor]] = []
@@ -86,7 +85,7 @@ def _groups(
         first = 0 if window is None else max(keys.shape[0] - length - window + 1, 0)
         seen = (length, keys[first:], values[first:])
         needed = 2 * seen[1].numel() * keys.element_size()
-        if group and nbytes + needed > _COPY_NBYTES:
+        if group and nbytes + needed > copy_nbytes:
             yield group
             group, nbytes = [], 0
         group.append(seen)

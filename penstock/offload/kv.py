@@ -64,16 +64,20 @@ class KVStore:
         """Say whether a sequence of `num_tokens` tokens can be acquired now."""
         return self._limit is None or self._reserved + self._cost.of(num_tokens) <= self._limit
 
-    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        """Reserve room for a sequence of at most `num_tokens` tokens. Raises BudgetError when it does not fit."""
-        assert sequence not in self._sequences, f"{sequence!r} is already running"
-        if not self.fits(num_tokens):
+    def check(self, num_tokens: int, what: str = "a sequence") -> None:
+        """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens can never be acquired."""
+        if self._limit is not None and self._cost.of(num_tokens) > self._limit:
             raise BudgetError(
-                f"no room for the keys and values of a sequence of {num_tokens} tokens",
+                f"no room for the keys and values of {what} ({num_tokens} tokens)",
                 wanted=f"{self._cost.of(num_tokens)} bytes",
-                got=f"{(self._limit or 0) - self._reserved} bytes free",
+                got=f"{self._limit} bytes in all",
                 fix="Give the device more memory, or ask for fewer tokens.",
             )
+
+    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
+        """Reserve room for a sequence of at most `num_tokens` tokens, for which `fits` has said yes."""
+        assert sequence not in self._sequences, f"{sequence!r} is already running"
+        assert self.fits(num_tokens), "sequences start only when they fit"
         reserved = self._cost.of(num_tokens)
         self._sequences[sequence] = _Sequence(num_tokens, reserved)
         self._reserved += reserved

@@ -62,15 +62,17 @@ class Ring:
         return len(self._busy)
 
     def take(self) -> int:
-        """Return the next region, once the copies out of it have ended."""
-        region = self._next
-        busy = self._busy[region]
+        """Return the next region, once the copies out of it have ended. It stays the next one until `advance`."""
+        busy = self._busy[self._next]
         if busy is not None:
             copies, mark = busy
             copies.block_until(mark)
-            self._busy[region] = None
-        self._next = (region + 1) % len(self._busy)
-        return region
+            self._busy[self._next] = None
+        return self._next
+
+    def advance(self) -> None:
+        """Go on to the region after the one that was taken: reads into that one are under way."""
+        self._next = (self._next + 1) % len(self._busy)
 
     def reads(self, chunk: Chunk, region: int) -> list[Read]:
         """Return a chunk's reads, aimed at a region."""
@@ -95,11 +97,15 @@ class Ring:
         """Wait for all copies and let go of the slab."""
         for _ in self._busy:
             self.take()
+            self.advance()
         del self._tensor, self._view
 
 
 class DiskLane:
-    """Serves fetches on a thread of its own, which alone drives `reader`. Closing it drains what is under way."""
+    """Serves fetches on a thread of its own, which alone drives `reader`.
+
+    Closing it waits for the reads that are under way, and fails fetches that are not done with ClosedError.
+    """
 
     def __init__(self, reader: Reader, ring: Ring) -> None:
         self._reader = reader
@@ -119,9 +125,9 @@ class DiskLane:
             fetch.arrived.set_result(fetch.copies.mark())
 
     def close(self) -> None:
-        """Serve what is queued, then end the thread."""
-        if not self._closed:
-            self._closed = True
+        """Wait for reads that are under way, drop the rest, and end the thread."""
+        self._closed = True
+        if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
             self._ring.release()
@@ -144,11 +150,20 @@ class DiskLane:
             while pending and len(landing) < self._ring.num_regions:
                 item = pending.popleft()
                 with _failing(item.fetch):
-                    region = self._ring.take()
-                    ticket = self._reader.submit(self._ring.reads(item.chunk, region))
-                    landing.append((item, region, ticket))
+                    self._submit(item, landing)
             if landing:
                 self._land(*landing.popleft())
+
+    def _submit(self, item: _Item, landing: deque[tuple[_Item, int, Ticket]]) -> None:
+        """Start to read a chunk, unless its fetch has failed already or the lane is closing."""
+        if item.fetch.arrived.done():
+            return
+        if self._closed:
+            raise ClosedError("the disk lane was closed before this unit was read")
+        region = self._ring.take()
+        ticket = self._reader.submit(self._ring.reads(item.chunk, region))
+        self._ring.advance()
+        landing.append((item, region, ticket))
 
     def _land(self, item: _Item, region: int, ticket: Ticket) -> None:
         fetch = item.fetch

@@ -11,6 +11,12 @@ from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
 __all__ = ["ModelShape", "PassLimits", "Plan", "make_plan"]
 
+SCORE_NBYTES = 16
+"""What an attention score takes while it is computed: the score, its mask, and copies in float32."""
+
+SCORES = (1 << 10, 1 << 24)
+"""Least and most scores that are in memory at once."""
+
 MINIMUM_TOKENS = 16
 """A budget must hold at least this many tokens: of context for one sequence, and in a micro-batch."""
 
@@ -65,6 +71,7 @@ class Plan:
     slot_nbytes: int
     micro_batch_tokens: int
     pass_tokens: int
+    max_scores: int
     resident_nbytes: int
     workspace_nbytes: int
     kv_nbytes: int
@@ -110,8 +117,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     """
     assert tiers.device is not None
     assert tiers.host is not None
-    micro, total = _tokens_that_fit(shape, tiers.device, limits)
-    workspace = shape.workspace_of(micro, total)
+    micro, total, scores = _tokens_that_fit(shape, tiers.device, limits)
+    workspace = shape.workspace_of(micro, total) + SCORE_NBYTES * scores
     room = tiers.device - shape.resident_nbytes - workspace
     everything = range(len(shape.layer_nbytes))
     num_slots = 0
@@ -142,6 +149,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         slot_nbytes=slot_nbytes,
         micro_batch_tokens=micro,
         pass_tokens=total,
+        max_scores=scores,
         resident_nbytes=shape.resident_nbytes,
         workspace_nbytes=workspace,
         kv_nbytes=room - device_layers - num_slots * slot_nbytes,
@@ -151,9 +159,12 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     )
 
 
-def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) -> tuple[int, int]:
-    """Halve micro-batch and pass until their workspace takes at most a quarter of what the weights leave, or fits."""
-    fixed = shape.resident_nbytes + max(shape.layer_nbytes) + _minimum_kv(shape)
+def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) -> tuple[int, int, int]:
+    """Return tokens per micro-batch and per pass, and attention scores at once, that fit the budget.
+
+    Tokens are halved until their workspace takes at most a quarter of what the weights leave; scores get a sixteenth.
+    """
+    fixed = shape.resident_nbytes + max(shape.layer_nbytes) + _minimum_kv(shape) + SCORE_NBYTES * SCORES[0]
     room = device_nbytes - fixed
     micro, total = limits.micro_batch_tokens, max(limits.pass_tokens, limits.micro_batch_tokens)
 
@@ -169,11 +180,13 @@ def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) 
             "the device budget is too small for one layer plus the resident unit",
             wanted=f"at least {minimum} bytes ({format_size(minimum)}): resident unit "
             f"{format_size(shape.resident_nbytes)}, largest layer {format_size(max(shape.layer_nbytes))}, "
-            f"keys, values and workspace of {micro} tokens {format_size(workspace + _minimum_kv(shape))}",
+            f"keys, values and workspace of {micro} tokens "
+            f"{format_size(minimum - shape.resident_nbytes - max(shape.layer_nbytes))}",
             got=f"{device_nbytes} bytes ({format_size(device_nbytes)})",
             fix="Raise the device memory.",
         )
-    return micro, total
+    scores = SCORES[0] + min(room // 16, room - workspace) // SCORE_NBYTES
+    return micro, total, min(SCORES[1], scores)
 
 
 def _minimum_kv(shape: ModelShape) -> int:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from penstock.errors import ClosedError
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.choose import ReaderName, open_reader
+from penstock.io.choose import ReaderChoice, ReaderName, open_reader
 from penstock.io.memory import HostMemory
-from penstock.io.reader import ALIGNMENT, ReaderStatistics
+from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
 from penstock.offload.buffers import convert
 from penstock.offload.chunks import Chunk, plan_chunks
 from penstock.offload.copies import Copies, copies_for
@@ -58,6 +58,7 @@ class _Slot:
         self.cycle = cycle
         self.layer: int | None = None
         self.arrived: Future[Any] = Future()
+        self.arrived.set_result(None)
         self.released: Any = None
 
     def following(self, layer: int) -> int:
@@ -70,6 +71,7 @@ class WeightStream:
 
     `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
     resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
+    A `reader` that is given is used and closed instead of the one that `io_backend` would choose.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class WeightStream:
         layers: Sequence[Layout],
         device: torch.device,
         io_backend: ReaderName = "auto",
+        reader: Reader | None = None,
     ) -> None:
         self._layouts = tuple(layers)
         self._resident_layout = resident
@@ -93,7 +96,7 @@ class WeightStream:
         with ExitStack() as cleanup:
             self.resident = self._allocate(resident.nbytes, cleanup)
             self._place(plan, cleanup)
-            self._open_disk(checkpoint, io_backend, cleanup)
+            self._open_disk(checkpoint, io_backend, reader, cleanup)
             self._exit = cleanup.pop_all()
 
     def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
@@ -121,18 +124,23 @@ class WeightStream:
                 self._rest[index] = whole[start : start + self._layouts[index].wire_nbytes]
                 start += self._layouts[index].wire_nbytes
 
-    def _open_disk(self, checkpoint: Checkpoint, io_backend: ReaderName, cleanup: ExitStack) -> None:
+    def _open_disk(
+        self, checkpoint: Checkpoint, io_backend: ReaderName, given: Reader | None, cleanup: ExitStack
+    ) -> None:
         units = (self._resident_layout, *self._layouts)
         largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
         region = min(STAGING_REGION_NBYTES, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
         staging = cleanup.enter_context(HostMemory(STAGING_REGIONS * region, pin=self._device.type == "cuda"))
-        reader, self.reader_choice = open_reader(io_backend, checkpoint.files[0], staging.view[:region])
-        self._reader = cleanup.enter_context(reader)
+        if given is None:
+            given, self.reader_choice = open_reader(io_backend, checkpoint.files[0], staging.view[:region])
+        else:
+            self.reader_choice = ReaderChoice(given.name, direct=False, reason="it was given", rejected=())
+        self._reader = cleanup.enter_context(given)
         self._chunks: list[Sequence[Chunk]] = [
             plan_chunks(layout.extents, chunk_nbytes=region) for layout in self._layouts
         ]
         self._resident_chunks = plan_chunks(self._resident_layout.extents, chunk_nbytes=region)
-        self._lane = DiskLane(reader, Ring(staging, num_regions=STAGING_REGIONS))
+        self._lane = DiskLane(given, Ring(staging, num_regions=STAGING_REGIONS))
         cleanup.callback(self._lane.close)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="penstock-copy")
         cleanup.callback(self._copier.shutdown)
@@ -183,9 +191,11 @@ class WeightStream:
         try:
             arrived = slot.arrived.result()
         except BaseException:
-            slot.layer = None
+            if slot.arrived.done():  # else it was the wait that was interrupted: the layer is still on its way
+                slot.layer = None
             raise
-        self._stalled += time.perf_counter() - start
+        if not self._copies.asynchronous:  # else the device may be busy meanwhile; it knows best when it waited
+            self._stalled += time.perf_counter() - start
         self._copies.wait_for_copies(arrived)
         try:
             yield
@@ -197,9 +207,8 @@ class WeightStream:
         """Bring layer `index` into a slot whose layer has been computed, unless it is there."""
         if slot.layer == index:
             return
-        if slot.layer is not None:
-            slot.arrived.exception()
-        slot.layer = index
+        slot.arrived.exception()  # whatever was on its way, also for a pass that was broken off, has ended
+        slot.layer = None
         if index in self._rest:
             self._moved += self._layouts[index].wire_nbytes
             slot.arrived = Future()
@@ -211,6 +220,7 @@ class WeightStream:
             fetch = self._fetch_from_disk(self._chunks[index], slot.buffer, self._layouts[index], slot.released)
             slot.arrived = fetch.arrived
             self._lane.start(fetch)
+        slot.layer = index
 
     def _fetch_from_host(self, slot: _Slot, index: int, arrived: Future[Any]) -> None:
         layout = self._layouts[index]
@@ -241,10 +251,11 @@ class WeightStream:
             self._exit.close()
 
     def _settle(self) -> None:
-        """Wait until nothing is on its way into a slot."""
+        """Wait until nothing is on its way into a slot; what was only queued for it is dropped."""
+        self._lane.close()
         for slot in self._slots:
-            if slot.layer is not None:
-                slot.arrived.exception()
+            if slot.arrived.exception() is None:
+                self._copies.block_until(slot.arrived.result())
 
     def __enter__(self) -> Self:
         return self

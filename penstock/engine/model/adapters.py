@@ -183,7 +183,8 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
     for span in batch.spans:
         end = begin + span.length
         (kept,) = batch.kv.append(module.layer_idx, span.sequence, span.start, rows[begin:end])
-        attend(absorbed[:, begin:end], kept, kept[..., :rank], rule, out=made[begin:end])
+        part = made[begin:end]
+        attend(absorbed[:, begin:end], kept, kept[..., :rank], rule, max_scores=batch.max_scores, out=part)
         begin = end
     values: Tensor = torch.einsum("thr,hvr->thv", made, to_values)
     return values[None]

@@ -105,11 +105,12 @@ def attend_spans(
     if rule.plain and not chunked and not one_prompt and can_attend_together(query, value):
         flat = query[0].transpose(0, 1)
         lengths = [span.length for span in batch.spans]
-        attend_together(flat, rows, lengths, scale=rule.scale, window=rule.window, out=made[0])
+        limit = 16 * batch.max_scores
+        attend_together(flat, rows, lengths, scale=rule.scale, window=rule.window, copy_nbytes=limit, out=made[0])
         return made
     for span, end, kept in zip(batch.spans, ends, rows, strict=True):
         begin = end - span.length
-        attend(query[0, :, begin:end], kept[0], kept[1], rule, out=made[0, begin:end])
+        attend(query[0, :, begin:end], kept[0], kept[1], rule, max_scores=batch.max_scores, out=made[0, begin:end])
     return made
 
 

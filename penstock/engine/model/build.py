@@ -45,7 +45,7 @@ from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES, view_of
 from penstock.offload.layout import Layout
 
-__all__ = ["StreamedModel", "load_model"]
+__all__ = ["StreamedModel", "factory_for", "load_model"]
 
 _LARGE_ELEMENTS = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,6 +179,8 @@ def _load_config(directory: Path) -> Any:
     file = directory / "config.json"
     raw = _read_json(file)
     kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError("not a model's config", file=file, wanted="a model_type", got=repr(kind))
     if kind not in CONFIG_MAPPING_NAMES:
         if "auto_map" in raw:
             raise RemoteCodeError(
@@ -241,11 +243,11 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, 
 
 def _build(config: Any, dtype: torch.dtype, directory: Path) -> Any:
     """Build the module, then select the attention function: some families choose classes by its name while building."""
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    factory = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     try:
         with _parameters_on_meta():
-            module = factory.from_config(config, dtype=dtype, attn_implementation="eager", trust_remote_code=False)
+            module = factory_for(config).from_config(
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+            )
     except (ValueError, TypeError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(
             f"transformers cannot build this {config.model_type} model: {error}", file=directory / "config.json"
@@ -256,6 +258,12 @@ def _build(config: Any, dtype: torch.dtype, directory: Path) -> Any:
         if own is not None and hasattr(own, "get_text_config"):
             own.get_text_config()._attn_implementation = ATTENTION
     return module
+
+
+def factory_for(config: Any) -> Any:
+    """Return transformers' class that makes and loads models of this config."""
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 class _EmptyOnMeta(TorchFunctionMode):

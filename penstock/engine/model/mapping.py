@@ -102,10 +102,14 @@ def map_weights(
     }
     groups, unexpected = group_weights(model, tensors)
     pieces = [piece for group in groups if needed(group.target) for piece in _follow(group, tensors, targets)]
-    if unexpected:
-        logger.info(
-            "%s: %d tensors that the model does not need, such as %s", directory, len(unexpected), unexpected[0]
-        )
+    for level, names in (
+        (logging.WARNING, [name for name in unexpected if name.startswith(f"{layers}.")]),
+        (logging.INFO, [name for name in unexpected if not name.startswith(f"{layers}.")]),
+    ):
+        if names:
+            logger.log(
+                level, "%s: %d tensors that the model does not need, such as %s", directory, len(names), names[0]
+            )
     provided = {target.name for piece in pieces for target in _targets(piece)}
     aliases = _share(model, provided, needed)
     _check_missing(model, directory, set(targets) - provided - {alias for names in aliases.values() for alias in names})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging
 
+from penstock.engine.model.build import factory_for
 from penstock.errors import BudgetError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
@@ -52,16 +54,22 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
     """Load a whole checkpoint. Raises BudgetError when memory cannot hold it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    needed = Checkpoint.open(path).nbytes
-    free = available_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        raise BudgetError(
-            "the whole model does not fit in memory, so there is nothing to compare with",
-            file=path,
-            wanted=format_size(needed),
-            got=f"{format_size(free)} free",
-            fix="Verify a smaller model of the same family.",
-        )
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    stored = Checkpoint.open(path).tensors.values()
+    size = None if dtype == "auto" else getattr(torch, dtype).itemsize
+    needed = sum(entry.nbytes if size is None else math.prod(entry.shape) * size for entry in stored)
+    free = {"host": available_memory()}  # transformers loads there first
+    if device != "cpu":
+        free["device"] = torch.cuda.mem_get_info(device)[0]
+    for place, nbytes in free.items():
+        if needed > nbytes:
+            raise BudgetError(
+                f"the whole model does not fit in {place} memory, so there is nothing to compare with",
+                file=path,
+                wanted=format_size(needed),
+                got=f"{format_size(nbytes)} free",
+                fix="Verify a smaller model of the same family.",
+            )
     logging.disable_progress_bar()
-    module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    module = factory_for(config).from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     return Reference(module.to(device).eval())

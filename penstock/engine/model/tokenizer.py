@@ -42,11 +42,16 @@ def end_token_ids(path: str | os.PathLike[str], config: Any, tokenizer: Any | No
     if file.exists():
         try:
             named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+            _as_ids(named)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"not a generation config: {error}", file=file, fix="Download the file again.") from error
     if named is None:
         named = getattr(config.get_text_config(), "eos_token_id", None)
     if named is None:
         named = getattr(tokenizer, "eos_token_id", None)
+    return _as_ids(named)
+
+
+def _as_ids(named: Any) -> frozenset[int]:
     ids = named if isinstance(named, list) else [named]
     return frozenset(int(one) for one in ids if one is not None)
