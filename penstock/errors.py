@@ -12,7 +12,8 @@
     ├── ModelError                 the model definition (also a ValueError)
     │   ├── UnknownArchitectureError  transformers does not know it, or it is no causal language model
     │   ├── RemoteCodeError        the config asks for Python code from the checkpoint
-    │   └── UnsupportedModelError  known, but it cannot be run layer by layer
+    │   ├── UnsupportedModelError  known, but it cannot be run layer by layer
+    │   └── ModelOutputError       it computed something that is no number
     ├── ConfigError                an option or argument (also a ValueError)
     │   ├── SizeError              a memory size that does not parse
     │   ├── UnsupportedFieldError  a sampling field that Penstock does not have
@@ -24,6 +25,9 @@
     ├── OutputError                a result cannot be written (also an OSError)
     ├── ReadError                  the disk could not deliver bytes (also an OSError)
     ├── WriteError                 the disk could not take bytes (also an OSError)
+    ├── TargetError                what was to be profiled cannot be (also an OSError)
+    │   └── NoSpaceError           the disk, a quota or a limit has no room for the scratch file
+    ├── ProfileError               a stored hardware profile is damaged or of another version (also a ValueError)
     ├── ClosedError                use after close (also a RuntimeError)
     └── VerificationError          tokens differ from those of in-memory Hugging Face
 
@@ -46,14 +50,18 @@ __all__ = [
     "MissingFileError",
     "MissingWeightError",
     "ModelError",
+    "ModelOutputError",
+    "NoSpaceError",
     "OutputError",
     "PenstockError",
+    "ProfileError",
     "PromptFileError",
     "PromptTooLongError",
     "ReadError",
     "RemoteCodeError",
     "RequestError",
     "SizeError",
+    "TargetError",
     "TruncatedFileError",
     "UnknownArchitectureError",
     "UnsupportedFieldError",
@@ -146,6 +154,10 @@ class UnsupportedModelError(ModelError):
     """A known architecture that cannot be run layer by layer."""
 
 
+class ModelOutputError(ModelError):
+    """The model computed something that is no number."""
+
+
 class ConfigError(PenstockError, ValueError):
     """An option or argument is wrong."""
 
@@ -188,6 +200,18 @@ class ReadError(PenstockError, OSError):
 
 class WriteError(PenstockError, OSError):
     """The disk could not take the bytes."""
+
+
+class TargetError(PenstockError, OSError):
+    """What was to be profiled cannot be."""
+
+
+class NoSpaceError(TargetError):
+    """The disk, a quota or a limit has no room for the scratch file."""
+
+
+class ProfileError(PenstockError, ValueError):
+    """A stored hardware profile is damaged or of another version."""
 
 
 class ClosedError(PenstockError, RuntimeError):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from penstock.cli.output import ProgressLine, ResultFile, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
 from penstock.engine.sampling_params import SamplingParams
-from penstock.errors import ConfigError, PromptFileError, VerificationError
+from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
 from penstock.offload.tiers import MemoryTiers, format_size
 
 if TYPE_CHECKING:
+    from penstock.engine.llm import LLM
     from penstock.engine.outputs import RequestOutput
     from penstock.engine.report import Progress
     from penstock.engine.verify import Verification
@@ -144,10 +145,10 @@ def _generate(
     params: list[SamplingParams],
     file: ResultFile | None,
 ) -> int:
-    from penstock.engine.llm import LLM  # noqa: PLC0415  (torch takes seconds to import; --help must not)
+    from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
     progress = ProgressLine()
-    with LLM(
+    with engine.LLM(
         options.model,
         tiers=tiers,
         device=options.device,
@@ -156,14 +157,17 @@ def _generate(
         io_backend=options.io_backend,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
     ) as llm:
-        prompts = [llm.template(line.messages) if line.messages else line.prompt for line in lines]
+        prompts = [_prompt(llm, line) for line in lines]
         outputs = []
         for output in llm.stream(prompts, params, on_pass=lambda state: progress.show(_describe(state))):
             outputs.append(output)
-            if file:
+            if file and not file.is_text:
                 file.write(_record(output))
         progress.clear()
         outputs.sort(key=lambda output: int(output.request_id))
+        if file and file.is_text:  # plain text has no ids: its order is the prompts'
+            for output in outputs:
+                file.write(_record(output))
         if not file:
             _print(outputs, as_json=options.json)
         report = llm.last_run
@@ -176,6 +180,15 @@ def _generate(
     if verified and not verified.passed:
         raise VerificationError("the tokens differ from in-memory Hugging Face", got=verified.explain())
     return 0
+
+
+def _prompt(llm: LLM, line: PromptLine) -> Any:
+    if line.messages is None:
+        return line.prompt
+    try:
+        return llm.template(line.messages)
+    except RequestError as error:
+        raise PromptFileError(str(error), file=line.where) from error
 
 
 def _describe(state: Progress) -> str:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import penstock
-from penstock.cli import generate
-from penstock.errors import PenstockError
+from penstock.cli import generate, profile
+from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
 
@@ -22,17 +28,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="penstock: %(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("penstock").setLevel(level)
     try:
-        status: int = options.run(options)
+        with _signals_end_cleanly():
+            return _run(options)
     except PenstockError as error:
         print(f"penstock: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("penstock: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run the command and see that what it printed has arrived."""
+    if sys.stdout is None:
+        raise OutputError("there is no standard output to print to", fix="Do not close it; redirect it to /dev/null.")
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except PenstockError:
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise OutputError("cannot write to standard output", got=error.strerror) from error
     return status
+
+
+@contextmanager
+def _signals_end_cleanly() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exit that runs every clean-up; Ctrl-C does so anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,4 +83,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr; twice for details")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_to(commands)
+    profile.add_to(commands)
     return parser

@@ -18,19 +18,18 @@ __all__ = ["ProgressLine", "ResultFile", "result_file"]
 
 
 class ResultFile:
-    """One result per call of `write`, as JSON lines or as text."""
+    """One result per call of `write`, as JSON lines or, in a `.txt` file, as text."""
 
     def __init__(self, stream: TextIO, path: str) -> None:
         self._stream = stream
         self._path = path
+        self.is_text = path.endswith(".txt")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; a text file gets the completed text alone. Raises OutputError, as for a full disk."""
-        line = f"{record['prompt'] or ''}{record['text']}\n" if self._path.endswith(".txt") else json.dumps(record)
-        try:
+        line = f"{record['prompt'] or ''}{record['text']}" if self.is_text else json.dumps(record)
+        with _naming(self._path):
             self._stream.write(line.rstrip("\n") + "\n")
-        except OSError as error:
-            raise OutputError("cannot write a result", file=self._path, got=error.strerror) from error
 
 
 @contextmanager
@@ -41,29 +40,34 @@ def result_file(path: str) -> Iterator[ResultFile]:
     when the directory cannot be written.
     """
     target = Path(path)
-    hidden = None
-    try:
-        if target.is_dir():
-            raise OutputError("the output is a directory", file=path, wanted="a file")
+    if target.is_dir():
+        raise OutputError("the output is a directory", file=path, wanted="a file")
+    with _naming(path):
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        hidden = Path(name)
+    hidden = Path(name)
+    try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             yield ResultFile(stream, path)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        hidden.chmod(0o666 & ~umask)
-        hidden.replace(target)
-        hidden = None
-        _sync_directory(target.parent)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
+            with _naming(path):
+                stream.flush()
+                os.fsync(stream.fileno())
+        with _naming(path):
+            umask = os.umask(0)
+            os.umask(umask)
+            hidden.chmod(0o666 & ~umask)
+            hidden.replace(target)
+            _sync_directory(target.parent)
     finally:
-        if hidden is not None:
-            hidden.unlink(missing_ok=True)
+        hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn what the operating system says into an error that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
 
 
 def _sync_directory(directory: Path) -> None:
@@ -82,10 +86,10 @@ class ProgressLine:
         self._shown = self._stream.isatty()
         self._last = 0.0
 
-    def show(self, text: str, *, final: bool = False) -> None:
+    def show(self, text: str) -> None:
         """Show `text`, at most ten times a second."""
         now = time.monotonic()
-        if self._shown and (final or now - self._last > 0.1):
+        if self._shown and now - self._last > 0.1:
             self._last = now
             self._stream.write(f"\r\x1b[K{text}")
             self._stream.flush()

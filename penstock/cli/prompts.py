@@ -66,7 +66,7 @@ def _from_json(text: str, source: str) -> Iterator[PromptLine]:
         where = f"{source}:{number}"
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PromptFileError(f"line {number} is not JSON", file=source, got=str(error)) from error
         if not isinstance(fields, dict):
             raise PromptFileError(f"line {number}", file=source, wanted="a JSON object", got=type(fields).__name__)

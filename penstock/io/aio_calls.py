@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from traceback import clear_frames
 from typing import Any, Protocol
 
 import cffi
@@ -79,7 +80,10 @@ class LibraryCalls:
         try:
             self._library: Any = ffi.dlopen(library)
         except OSError as error:
-            raise ReadError(f"{library} is not installed") from error
+            # cffi keeps the error in a local variable, so that the error and its frames, down to ours with views of the
+            # caller's memory, would hold each other until the garbage collector comes.
+            clear_frames(error.__traceback__)
+            raise ReadError(f"{library} is not installed") from None
 
     def setup(self, events: int, context: Any) -> int:
         """Make a context."""

@@ -19,14 +19,15 @@ from typing import Any, ClassVar
 
 import aiofiles
 
-from penstock.io.disk import Block, DiskReader, OpenFile
-from penstock.io.reader import Read, Ticket
+from penstock.io.disk import Block, DiskReader
+from penstock.io.open_file import OpenFile
+from penstock.io.reader import Ticket
 
 __all__ = ["AiofilesReader"]
 
 
 class AiofilesReader(DiskReader):
-    """Reads blocks with aiofiles in `lanes` coroutines; with `direct=False`, through the page cache on purpose."""
+    """Transfers blocks with aiofiles in `lanes` coroutines; with `direct=False`, through the page cache on purpose."""
 
     name: ClassVar[str] = "aiofiles"
 
@@ -40,9 +41,8 @@ class AiofilesReader(DiskReader):
         self._batches: dict[Ticket, tuple[list[Future[None]], set[OpenFile]]] = {}
         self._next_ticket = 0
 
-    def submit(self, reads: Sequence[Read]) -> Ticket:
+    def _launch(self, blocks: Sequence[Block]) -> Ticket:
         """Hand the blocks to the lanes and return at once."""
-        blocks = self._cut(reads)
         self._begin(len(blocks))
         queue = deque(blocks)
         lanes = [self._schedule(self._run_lane(queue)) for _ in range(min(self._lanes, len(blocks)))]
@@ -64,14 +64,14 @@ class AiofilesReader(DiskReader):
         return asyncio.run_coroutine_threadsafe(lane, self._loop)
 
     async def _run_lane(self, queue: deque[Block]) -> None:
-        """Read blocks off the queue until it is empty; after an error, drop what is left of it."""
+        """Take blocks off the queue until it is empty; after an error, drop what is left of it."""
         async with AsyncExitStack() as stack:
             handles: dict[tuple[OpenFile, bool], Any] = {}
             while queue:
                 block = queue.popleft()
                 delivered = False
                 try:
-                    await self._read(block, handles, stack)
+                    await self._transfer(block, handles, stack)
                     delivered = True
                 finally:
                     self._end(block, delivered=delivered)
@@ -82,7 +82,7 @@ class AiofilesReader(DiskReader):
         while queue:
             self._end(queue.popleft(), delivered=False)
 
-    async def _read(self, block: Block, handles: dict[tuple[OpenFile, bool], Any], stack: AsyncExitStack) -> None:
+    async def _transfer(self, block: Block, handles: dict[tuple[OpenFile, bool], Any], stack: AsyncExitStack) -> None:
         done = False
         while not done:
             direct = block.issue()
@@ -92,18 +92,18 @@ class AiofilesReader(DiskReader):
             handle, offset = handles[key], block.offset
             try:
                 await handle.seek(offset)
-                result = await handle.readinto(block.memory)
+                result = await (handle.write(block.memory) if block.write else handle.readinto(block.memory))
             except OSError as error:
                 result = -(error.errno or errno.EIO)
             done = block.take(result)
-            if not direct and result > 0:
+            if not direct and not block.write and result > 0:
                 os.posix_fadvise(handle.fileno(), offset, result, os.POSIX_FADV_DONTNEED)
 
     def _open_lane(self, opened: OpenFile) -> Any:
         # The path is ignored: the opener checks that it still names the same file.
         return aiofiles.open(
             opened.file.path,
-            "rb",
+            "r+b" if opened.write else "rb",
             buffering=0,
             opener=lambda _path, _flags: opened.open_again(),
             loop=self._loop,

@@ -17,7 +17,7 @@ from penstock.io.files import SourceFile
 from penstock.io.libc import ffi, libc
 from penstock.io.reader import ALIGNMENT
 
-__all__ = ["direct_refusal", "resident_pages"]
+__all__ = ["direct_alignment", "direct_refusal", "resident_pages"]
 
 _STATX_DIOALIGN = 0x2000
 _STATX_BYTES = 256
@@ -35,6 +35,21 @@ def direct_refusal(file: SourceFile, memory: memoryview) -> str | None:
     return _alignment_refusal(file) or _memory_file_system(file) or _read_refusal(file, memory)
 
 
+def direct_alignment(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return the multiples, in bytes, that O_DIRECT asks of memory and of offsets; None where the kernel does not say.
+
+    Zeros mean that the file has no O_DIRECT.
+    """
+    result = ffi.new("unsigned char[]", _STATX_BYTES)
+    if libc.statx(_AT_FDCWD, os.fsencode(path), 0, _STATX_DIOALIGN, result) != 0:
+        return None
+    (mask,) = struct.unpack_from("=I", ffi.buffer(result), _STATX_MASK_OFFSET)
+    if not mask & _STATX_DIOALIGN:
+        return None
+    memory_alignment, offset_alignment = struct.unpack_from("=II", ffi.buffer(result), _STATX_DIO_OFFSET)
+    return memory_alignment, offset_alignment
+
+
 def resident_pages(fd: int, nbytes: int) -> int:
     """Return how many pages of the first `nbytes` of a file are in the page cache.
 
@@ -50,13 +65,10 @@ def resident_pages(fd: int, nbytes: int) -> int:
 
 
 def _alignment_refusal(file: SourceFile) -> str | None:
-    result = ffi.new("unsigned char[]", _STATX_BYTES)
-    if libc.statx(_AT_FDCWD, os.fsencode(file.path), 0, _STATX_DIOALIGN, result) != 0:
+    alignment = direct_alignment(file.path)
+    if alignment is None:
         return None
-    (mask,) = struct.unpack_from("=I", ffi.buffer(result), _STATX_MASK_OFFSET)
-    if not mask & _STATX_DIOALIGN:
-        return None
-    memory_alignment, offset_alignment = struct.unpack_from("=II", ffi.buffer(result), _STATX_DIO_OFFSET)
+    memory_alignment, offset_alignment = alignment
     if memory_alignment == 0 or offset_alignment == 0:
         return "the file system has no O_DIRECT for it (statx)"
     if ALIGNMENT % memory_alignment or ALIGNMENT % offset_alignment:

@@ -228,9 +228,7 @@ class DiskReader(Reader):
         address = _aligned_address(write.offset, write.memory)
         for start in range(0, write.memory.nbytes, self._block_bytes):
             memory = write.memory[start : start + self._block_bytes]
-            yield Block(
-                opened, write.offset + start, memory, address + start, expected=memory.nbytes, write=True
-            )
+            yield Block(opened, write.offset + start, memory, address + start, expected=memory.nbytes, write=True)
 
     def _check_unchanged(self, files: Iterable[OpenFile]) -> None:
         for opened in files:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from penstock.errors import ClosedError, FileChangedError, PenstockError
-from penstock.io.disk import OpenFile, disk_error
 from penstock.io.files import SourceFile
-from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics, Ticket
+from penstock.io.open_file import OpenFile, disk_error
+from penstock.io.reader import ALIGNMENT, Read, Reader, ReaderStatistics, Ticket, Write
 
 __all__ = ["Completion", "FakeReader", "Fault", "fake_file"]
 
@@ -25,7 +26,7 @@ _POISON = 0xA5
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one read: an errno, a read that ends half-way, or a file that was changed."""
+    """What goes wrong with one request: an errno, a transfer that ends half-way, or a file that was changed."""
 
     kind: Literal["errno", "short", "changed"] = "errno"
     errno: int = errno.EIO
@@ -37,11 +38,12 @@ def fake_file(name: str, content: bytes) -> SourceFile:
 
 
 class FakeReader(Reader):
-    """Delivers `contents` by path, or with None the real files' bytes, on a schedule.
+    """Delivers `contents` by path, or with None the real files' bytes, on a schedule; writes change them.
 
-    Submitted memory is filled with 0xA5 until its bytes arrive, so that use before completion shows. `faults` maps the
-    index of a read, counted from 0 over all batches, to what goes wrong with it. `submitted` and `completed` list
-    tickets in order. Each batch adds `latency_seconds` and its bytes over `bytes_per_second` to the virtual busy time.
+    Memory to read into is filled with 0xA5 until its bytes arrive, and memory to write is looked at when the batch
+    completes, so that use before completion shows. `faults` maps the index of a request, counted from 0 over all
+    batches, to what goes wrong with it. `submitted` and `completed` list tickets in order, `synchronised` files. Each
+    batch adds `latency_seconds` and its bytes over `bytes_per_second` to the virtual busy time.
     """
 
     name: ClassVar[str] = "fake"
@@ -57,33 +59,52 @@ class FakeReader(Reader):
     ) -> None:
         self.submitted: list[Ticket] = []
         self.completed: list[Ticket] = []
-        self._contents = contents
+        self.synchronised: list[SourceFile] = []
+        self._contents = None if contents is None else {path: bytearray(held) for path, held in contents.items()}
+        self._written: set[SourceFile] = set()
         self._completion = completion
         self._faults = dict(faults or {})
         self._latency_seconds = latency_seconds
         self._bytes_per_second = bytes_per_second
-        self._outstanding: dict[Ticket, list[tuple[int, Read]]] = {}
+        self._outstanding: dict[Ticket, list[tuple[int, Read | Write]]] = {}
         self._errors: dict[Ticket, PenstockError | None] = {}
-        self._num_reads = 0
+        self._num_requests = 0
         self._closed = False
         self._counts = ReaderStatistics(reads=0, bytes_read=0, busy_seconds=0.0, buffered_reads=0)
 
     def submit(self, reads: Sequence[Read]) -> Ticket:
         """Start a batch, and with completion "at once" end it too."""
-        self._check_open()
-        for read in reads:
-            assert read.offset % ALIGNMENT == 0
-            assert read.memory.nbytes % ALIGNMENT == 0
-            self._content(read.file, 0, 0)
+        ticket = self._accept(reads)
         for read in reads:
             read.memory[:] = bytes([_POISON]) * read.memory.nbytes
-        ticket = len(self.submitted)
-        self.submitted.append(ticket)
-        self._outstanding[ticket] = list(enumerate(reads, self._num_reads))
-        self._num_reads += len(reads)
         if self._completion == "at once":
             self._complete(ticket)
         return ticket
+
+    def submit_writes(self, writes: Sequence[Write]) -> Ticket:
+        """Start a batch, and with completion "at once" end it too."""
+        ticket = self._accept(writes)
+        self._written.update(write.file for write in writes)
+        if self._completion == "at once":
+            self._complete(ticket)
+        return ticket
+
+    def _accept(self, requests: Sequence[Read | Write]) -> Ticket:
+        self._check_open()
+        for request in requests:
+            assert request.offset % ALIGNMENT == 0
+            assert request.memory.nbytes % ALIGNMENT == 0
+            self._content(request.file, 0, 0)
+        ticket = len(self.submitted)
+        self.submitted.append(ticket)
+        self._outstanding[ticket] = list(enumerate(requests, self._num_requests))
+        self._num_requests += len(requests)
+        return ticket
+
+    def sync(self, file: SourceFile) -> None:
+        """Note it."""
+        self._check_open()
+        self.synchronised.append(file)
 
     def wait(self, ticket: Ticket) -> None:
         """Let the batch arrive, after others if the script says so; raise its first error."""
@@ -113,43 +134,70 @@ class FakeReader(Reader):
             raise ClosedError("the fake reader was used after close")
 
     def _complete(self, ticket: Ticket) -> None:
-        errors: list[PenstockError] = []
-        nbytes = 0
-        reads = self._outstanding.pop(ticket)
-        for index, read in reads:
+        error: PenstockError | None = None
+        counts = self._counts
+        self._counts = replace(counts, busy_seconds=counts.busy_seconds + self._latency_seconds)
+        for index, request in self._outstanding.pop(ticket):
             try:
-                nbytes += self._deliver(index, read)
-            except PenstockError as error:
-                errors.append(error)
+                self._transfer(request, self._faults.get(index))
+            except PenstockError as fault:
+                error = error or fault
         self.completed.append(ticket)
-        self._errors[ticket] = errors[0] if errors else None
-        self._counts = ReaderStatistics(
-            reads=self._counts.reads + len(reads) - len(errors),
-            bytes_read=self._counts.bytes_read + nbytes,
-            busy_seconds=self._counts.busy_seconds + self._latency_seconds + nbytes / self._bytes_per_second,
-            buffered_reads=0,
-        )
+        self._errors[ticket] = error
 
-    def _deliver(self, index: int, read: Read) -> int:
-        fault = self._faults.get(index)
+    def _transfer(self, request: Read | Write, fault: Fault | None) -> None:
         if fault is not None and fault.kind == "changed":
-            raise FileChangedError("the file is not the one whose header was read", file=read.file.path)
-        content = self._content(read.file, read.offset, read.memory.nbytes)
+            raise FileChangedError("the file is not the one whose header was read", file=request.file.path)
+        content = request.memory
+        if isinstance(request, Read):
+            content = memoryview(self._content(request.file, request.offset, request.memory.nbytes))
+        moved = content.nbytes if fault is None else content.nbytes // 2 if fault.kind == "short" else 0
+        if isinstance(request, Read):
+            request.memory[:moved] = content[:moved]
+        else:
+            self._store(request.file, request.offset, content[:moved])
         if fault is not None:
-            number = fault.errno
-            if fault.kind == "short":
-                number, half = errno.EIO, len(content) // 2
-                read.memory[:half] = content[:half]
-            place = f"offset {read.offset}, length {read.memory.nbytes}"
-            raise disk_error(f"cannot be read at {place}", read.file, number)
-        read.memory[: len(content)] = content
-        return len(content)
+            what = "cannot be read" if isinstance(request, Read) else "cannot be written"
+            place = f"offset {request.offset}, length {request.memory.nbytes}"
+            number = errno.EIO if fault.kind == "short" else fault.errno
+            raise disk_error(f"{what} at {place}", request.file, number, write=isinstance(request, Write))
+        self._count(moved, written=isinstance(request, Write))
+
+    def _count(self, nbytes: int, *, written: bool) -> None:
+        counts = self._counts
+        busy = counts.busy_seconds + nbytes / self._bytes_per_second
+        if written:
+            self._counts = replace(
+                counts, busy_seconds=busy, writes=counts.writes + 1, bytes_written=counts.bytes_written + nbytes
+            )
+        else:
+            self._counts = replace(
+                counts, busy_seconds=busy, reads=counts.reads + 1, bytes_read=counts.bytes_read + nbytes
+            )
 
     def _content(self, file: SourceFile, offset: int, nbytes: int) -> bytes:
         if self._contents is not None:
-            return self._contents[file.path][offset : offset + nbytes]
-        opened = OpenFile(file, direct=False)
+            return bytes(self._contents[file.path][offset : offset + nbytes])
+        with self._open(file) as fd:
+            return os.pread(fd, nbytes, offset)
+
+    def _store(self, file: SourceFile, offset: int, content: memoryview) -> None:
+        if self._contents is not None:
+            held = self._contents[file.path]
+            held.extend(bytes(max(0, offset + content.nbytes - len(held))))
+            held[offset : offset + content.nbytes] = content
+            return
+        with self._open(file) as fd:
+            written = 0
+            while written < content.nbytes:
+                written += os.pwrite(fd, content[written:], offset + written)
+
+    @contextmanager
+    def _open(self, file: SourceFile) -> Iterator[int]:
+        opened = OpenFile(file, direct=False, write=file in self._written)
         try:
-            return os.pread(opened.fd, nbytes, offset)
+            yield opened.fd
+        except OSError as error:
+            raise disk_error("failed", file, error.errno or errno.EIO, write=opened.write) from error
         finally:
             opened.close()

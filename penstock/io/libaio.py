@@ -4,7 +4,7 @@ One `io_submit` for a batch and few `io_getevents`, each for many events: every 
 so a small window of requests starves the disk (5.7 to 2.5 GB/s beside one busy Python thread), and a whole layer does
 not. The kernel reports trouble in four places, and each is looked at: a short count of `io_submit` (the first request
 that was not taken is at fault, or the ring is full), its -errno, every event's result, and a result that is short.
-AIO on a descriptor without O_DIRECT blocks in `io_submit`; such files are read with `preadv`, in `wait`.
+AIO on a descriptor without O_DIRECT blocks in `io_submit`; such files are read and written with plain calls, in `wait`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from penstock.errors import PenstockError, ReadError
-from penstock.io.aio_calls import IOCB_CMD_PREAD, AioCalls, available_calls, ffi
-from penstock.io.disk import Block, DiskReader, OpenFile, read_now
-from penstock.io.libc import address_of
-from penstock.io.reader import Read, Ticket
+from penstock.io.aio_calls import IOCB_CMD_PREAD, IOCB_CMD_PWRITE, AioCalls, available_calls, ffi
+from penstock.io.disk import Block, DiskReader, transfer_now
+from penstock.io.open_file import OpenFile
+from penstock.io.reader import Ticket
 
 __all__ = ["LibaioReader", "make_context"]
 
@@ -64,9 +64,8 @@ class LibaioReader(DiskReader):
         self._batches: dict[Ticket, _Batch] = {}
         self._next_ticket = 0
 
-    def submit(self, reads: Sequence[Read]) -> Ticket:
+    def _launch(self, blocks: Sequence[Block]) -> Ticket:
         """Start as many of the batch's blocks as the kernel takes, and return at once."""
-        blocks = self._cut(reads)
         batch = _Batch({block.opened for block in blocks}, len(blocks))
         self._begin(len(blocks))
         self._pending.extend((block, batch) for block in blocks)
@@ -83,7 +82,7 @@ class LibaioReader(DiskReader):
         while batch.remaining:
             self._start()
             if batch.buffered:
-                self._read_buffered(batch, batch.buffered.pop())
+                self._transfer_now(batch, batch.buffered.pop())
             elif batch.remaining and self._in_flight:
                 self._reap(self._worth_waiting_for(batch))
         if batch.error is not None:
@@ -125,9 +124,9 @@ class LibaioReader(DiskReader):
     def _fill(self, index: int, block: Block) -> None:
         iocb = self._iocbs[index]
         iocb.data = self._next_key + index
-        iocb.opcode = IOCB_CMD_PREAD
+        iocb.opcode = IOCB_CMD_PWRITE if block.write else IOCB_CMD_PREAD
         iocb.fd = block.opened.fd
-        iocb.buffer = address_of(block.memory)
+        iocb.buffer = block.address
         iocb.nbytes = block.memory.nbytes
         iocb.offset = block.offset
 
@@ -140,7 +139,7 @@ class LibaioReader(DiskReader):
         # The first request is at fault, or the kernel has no room although nothing of ours is in flight.
         block, batch = self._pending.popleft()
         if number in {0, errno.EAGAIN}:
-            self._read_buffered(batch, block)
+            self._transfer_now(batch, block)
         else:
             self._take(block, batch, -number)
         return True
@@ -170,10 +169,10 @@ class LibaioReader(DiskReader):
         else:
             self._pending.appendleft((block, batch))
 
-    def _read_buffered(self, batch: _Batch, block: Block) -> None:
-        """Read a block with preadv in the calling thread, through the page cache if its file is not direct."""
+    def _transfer_now(self, batch: _Batch, block: Block) -> None:
+        """Read or write a block in the calling thread, through the page cache if its file is not direct."""
         try:
-            read_now(block)
+            transfer_now(block)
         except PenstockError as error:
             batch.error = batch.error or error
             self._finish(block, batch, delivered=False)

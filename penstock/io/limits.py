@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory"]
+__all__ = ["available_memory", "memory_limit"]
 
 _FILESYSTEM_ROOT = Path("/")
 
@@ -28,6 +28,11 @@ def available_memory(*, root: Path = _FILESYSTEM_ROOT) -> int:
         if headroom is not None:
             limits.append(headroom)
     return max(0, min(limits))
+
+
+def memory_limit(*, root: Path = _FILESYSTEM_ROOT) -> int | None:
+    """Return the bytes that the tightest enclosing control group allows, or None where none sets a limit."""
+    return min((limit for group in _groups(root) for limit in _limits(group)), default=None)
 
 
 def _groups(root: Path) -> Iterator[Path]:
@@ -59,14 +64,19 @@ def _groups(root: Path) -> Iterator[Path]:
 
 def _headroom(group: Path) -> int | None:
     """Return limit - (usage - file pages) of one control group, or None when it sets no limit."""
-    limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
-    known = [limit for limit in limits if limit is not None]
+    known = _limits(group)
     usage = _number(group / "memory.current")
     if usage is None:
         usage = _number(group / "memory.usage_in_bytes")
     if not known or usage is None:
         return None
     return min(known) - (usage - min(usage, _file_bytes(group)))
+
+
+def _limits(group: Path) -> list[int]:
+    limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
+    # Version 1 writes "no limit" as the greatest multiple of a page.
+    return [limit for limit in limits if limit is not None and limit < 1 << 62]
 
 
 def _number(path: Path) -> int | None:

@@ -12,16 +12,19 @@ import errno
 import logging
 import mmap
 import os
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from penstock.errors import BudgetError, ClosedError
 from penstock.io.libc import address_of, madvise, memset
-from penstock.io.limits import available_memory
+from penstock.io.limits import available_memory, memory_limit
 
-__all__ = ["HUGE_PAGE", "HostMemory"]
+__all__ = ["HUGE_PAGE", "HostMemory", "HostMemoryStatistics"]
 
 HUGE_PAGE = 2 << 20
 _PAGE = mmap.PAGESIZE
@@ -31,6 +34,22 @@ _MAX_THREADS = 16
 _CUDA_HOST_REGISTER_PORTABLE = 1
 
 logger = logging.getLogger("penstock.io")
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemoryStatistics:
+    """What a slab is made of, in bytes, and what it cost, in seconds.
+
+    `resident_nbytes` is `nbytes` in whole pages. `huge_nbytes` is how much of it lies on 2 MiB pages, as the kernel
+    counts them: None where it does not say, an estimate where it keeps the slab together with its neighbours.
+    """
+
+    nbytes: int
+    resident_nbytes: int
+    huge_nbytes: int | None
+    pinned: bool
+    populate_seconds: float
+    pin_seconds: float
 
 
 class HostMemory:
@@ -49,15 +68,20 @@ class HostMemory:
         unit = HUGE_PAGE if nbytes >= HUGE_PAGE else _PAGE
         resident = -(-nbytes // unit) * unit
         _check_budget(nbytes, resident)
+        self._resident = resident
         self._mapping = _map(resident + HUGE_PAGE)
         with memoryview(self._mapping) as whole:
             start = -address_of(whole) % HUGE_PAGE
             self._address = address_of(whole) + start
             self._view: memoryview | None = whole[start : start + nbytes]
+        began = time.perf_counter()
         _populate(self._address, resident)
+        populated = time.perf_counter()
         self._unpin: weakref.finalize[..., HostMemory] | None = None
         if pin and nbytes:
             self._unpin = _pin(self, self._address, resident)
+        self._populate_seconds = populated - began
+        self._pin_seconds = time.perf_counter() - populated
 
     @property
     def view(self) -> memoryview:
@@ -77,6 +101,17 @@ class HostMemory:
     def pinned(self) -> bool:
         """Whether CUDA has it registered, so that copies to and from it run asynchronously at full rate."""
         return self._unpin is not None and self._unpin.alive
+
+    def statistics(self) -> HostMemoryStatistics:
+        """Return a snapshot."""
+        return HostMemoryStatistics(
+            nbytes=self.nbytes,
+            resident_nbytes=self._resident,
+            huge_nbytes=_huge_bytes(self.address, self._resident),
+            pinned=self.pinned,
+            populate_seconds=self._populate_seconds,
+            pin_seconds=self._pin_seconds,
+        )
 
     def close(self) -> None:
         """Unpin, and give the pages back now or, with a warning, when the last view of them is gone."""
@@ -108,7 +143,7 @@ def _check_budget(nbytes: int, resident: int) -> None:
         raise BudgetError(
             "host memory does not suffice",
             wanted=f"{nbytes} bytes",
-            got=f"{available} bytes available to this process",
+            got=f"{available} bytes available to this process ({_describe_limits()})",
             fix="Lower the host memory budget, or raise the container's memory limit.",
         )
 
@@ -159,18 +194,20 @@ def _pin(owner: HostMemory, address: int, nbytes: int) -> weakref.finalize[..., 
     if not torch.cuda.is_available():
         logger.warning("host memory is not pinned: torch sees no CUDA device; copies will be slower")
         return None
+    # Said before, too: a process that goes over its control group's limit is killed without a word.
+    logger.info("pinning %d bytes of host memory; %d available, %s", nbytes, available_memory(), _describe_limits())
     cudart: Any = torch.cuda.cudart()
     status = cudart.cudaHostRegister(address, nbytes, _CUDA_HOST_REGISTER_PORTABLE)
     if int(status) == 0:
         return weakref.finalize(owner, cudart.cudaHostUnregister, address)
     _forget_cuda_error(torch)
     logger.warning(
-        "host memory of %d bytes is not pinned (cudaHostRegister: %s; %d bytes available, `ulimit -l` %s): copies will "
-        "be slower. Lower the host memory budget, or raise the container's memory limit and `ulimit -l`",
+        "host memory of %d bytes is not pinned (cudaHostRegister: %s; %d bytes available, %s): copies will be slower. "
+        "Lower the host memory budget, or raise the container's memory limit and `ulimit -l`",
         nbytes,
         status,
         available_memory(),
-        _locked_memory_limit(),
+        _describe_limits(),
     )
     return None
 
@@ -183,8 +220,30 @@ def _forget_cuda_error(torch: Any) -> None:
         logger.debug("the failed registration was reported once more, and forgotten", exc_info=True)
 
 
-def _locked_memory_limit() -> str:
-    import resource  # noqa: PLC0415 - needed for one message only
+def _describe_limits() -> str:
+    """Name the limits on memory that an administrator can change."""
+    import resource  # noqa: PLC0415 - needed for messages only
 
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    locked = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    limit = memory_limit()
+    return f"control group's limit {'none' if limit is None else f'{limit} bytes'}, `ulimit -l` {locked}"
+
+
+def _huge_bytes(address: int, nbytes: int) -> int | None:
+    """Return how much of [address, address + nbytes) is on 2 MiB pages; None where the kernel does not say."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    found: int | None = None
+    share = 0.0
+    for line in lines:
+        first, *rest = line.split()
+        if first == "AnonHugePages:":
+            found = (found or 0) + int(share * int(rest[0]) * 1024)
+        elif not first.endswith(":"):
+            # Equal neighbours are one mapping to the kernel, which counts for all of it.
+            start, end = (int(place, 16) for place in first.split("-"))
+            share = max(0, min(end, address + nbytes) - max(start, address)) / (end - start)
+    return None if found is None else min(found, nbytes)

@@ -16,7 +16,7 @@ from penstock.io.files import SourceFile
 __all__ = ["ALIGNMENT", "Read", "Reader", "ReaderStatistics", "Ticket", "Write"]
 
 ALIGNMENT = 4096
-"""Offsets, lengths and addresses of reads and writes are multiples of this many bytes: enough for O_DIRECT on common disks."""
+"""Offsets, lengths and addresses of transfers are multiples of this many bytes: enough for O_DIRECT on common disks."""
 
 Ticket = int
 """Names one submitted batch."""

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from penstock.errors import ReadError
-from penstock.io.disk import OpenFile
+from penstock.errors import PenstockError, ReadError
 from penstock.io.files import SourceFile
 from penstock.io.libc import address_of
+from penstock.io.open_file import OpenFile, disk_error
 from penstock.io.reader import ALIGNMENT
 
 __all__ = ["Engine", "Job", "Meter", "Pattern", "Window", "run_window"]
@@ -71,6 +71,10 @@ class Job:
         """Return the memory of request `index`."""
         return self.memory[index * self.block_nbytes : (index + 1) * self.block_nbytes]
 
+    def error(self, what: str, number: int) -> PenstockError:
+        """Return what to raise for a transfer that ended with -`number`."""
+        return disk_error(what, self.opened.file, number, write=self.opened.write)
+
     def offsets(self) -> Iterator[int]:
         """Yield the file's whole blocks, for ever: from `offset` to the last, then from 0."""
         block = self.block_nbytes
@@ -100,6 +104,7 @@ class Meter:
     ) -> None:
         self.done = False
         self._job = job
+        self._block_nbytes = job.block_nbytes
         self._seconds = seconds
         self._stop = stop
         self._cpu = cpu
@@ -116,7 +121,7 @@ class Meter:
 
     def count(self, result: int) -> None:
         """Count one request that ended with `result`, bytes or -errno; raise when there are too many errors."""
-        if result == self._job.block_nbytes:
+        if result == self._block_nbytes:
             self._nbytes += result
             self._requests += 1
         else:
@@ -130,7 +135,19 @@ class Meter:
             return
         self._errors += 1
         if self._errors >= _MAX_ERRORS:
-            raise self._job.opened.error(f"{self._errors} requests failed, the last", -result)
+            raise self._job.error(f"{self._errors} requests failed, the last", -result)
+
+    def count_timed(self, result: int, seconds: float) -> None:
+        """Count one request that took so long."""
+        if result == self._block_nbytes:
+            self._nbytes += result
+            self._requests += 1
+        else:
+            self._count_fault(result)
+        self._samples[self._timed % _SAMPLES] = seconds
+        self._timed += 1
+        if seconds > self._longest:  # noqa: PLR1730 - a call of max() would cost as much as all the rest
+            self._longest = seconds
 
     def time(self, seconds: float) -> None:
         """Note how long one request, or one layer, took."""
@@ -154,6 +171,11 @@ class Meter:
         if self.done and self._ends != float("inf"):
             self._cpu_seconds += self._cpu()
         return not self.done
+
+    def extend(self, now: float) -> None:
+        """Move the end of the measured stretch to `now`."""
+        if self._ends != float("inf"):
+            self._ended = now
 
     def window(self) -> Window:
         """Return what was measured; all zeros when the measured stretch never began."""
@@ -187,6 +209,7 @@ def run_window(
     write: bool = False,
     pattern: Pattern = "window",
     layer_nbytes: int | None = None,
+    drain: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> Window:
     """Keep `depth` transfers of `block_nbytes` between `file` and `memory` in flight, and count them for `seconds`.
@@ -194,7 +217,9 @@ def run_window(
     They go through the file's whole blocks in order, from `offset` on and round and round; never beyond its end. With
     `write`, what is in `memory` overwrites the file's content. With the pattern "layer", which is the runtime's,
     batches of `layer_nbytes` (half of what is in flight by default) are submitted at once and waited for as a whole;
-    `libaio` only. `stop` is asked whenever requests end; it must be quick and may be called in any thread.
+    `libaio` only. With `drain`, also `libaio` only, what is in flight at the end counts with the time until it has
+    ended: fio's way, which favours what was in flight at the beginning; for comparisons. `stop` is asked whenever
+    requests end; it must be quick and may be called in any thread.
 
     `memory` is the caller's, at least `depth` × `block_nbytes` bytes, aligned; nothing touches it any more when this
     returns or raises, also by Ctrl-C. `direct` insists: raises ReadError when the file system refuses O_DIRECT, and
@@ -204,21 +229,23 @@ def run_window(
     assert memory.nbytes >= depth * block_nbytes > 0
     assert all(value % ALIGNMENT == 0 for value in (block_nbytes, offset, address_of(memory)))
     assert direct or engine != "libaio", "Linux AIO blocks without O_DIRECT"
-    assert pattern == "window" or engine == "libaio"
+    assert (pattern == "window" and not drain) or engine == "libaio"
     if file.nbytes < block_nbytes:
         raise ReadError("the file is too small to measure", file=file.path, wanted=block_nbytes, got=file.nbytes)
     opened = OpenFile(file, direct=direct, write=write)
     try:
         if direct and not opened.direct:
-            raise opened.error("O_DIRECT was refused", errno.EINVAL)
+            raise disk_error("O_DIRECT was refused", file, errno.EINVAL, write=write)
         layer = (layer_nbytes or block_nbytes * max(1, depth // 2)) if pattern == "layer" else 0
         job = Job(opened, memory, block_nbytes, depth, offset, layer)
-        return _run(engine, job, seconds, ramp_seconds, stop)
+        return _run(engine, job, seconds, ramp_seconds, drain=drain, stop=stop)
     finally:
         opened.close()
 
 
-def _run(engine: Engine, job: Job, seconds: float, ramp: float, stop: Callable[[], bool] | None) -> Window:
+def _run(
+    engine: Engine, job: Job, seconds: float, ramp: float, *, drain: bool, stop: Callable[[], bool] | None
+) -> Window:
     clocks: list[int] = []
     meter = Meter(job, seconds=seconds, ramp_seconds=ramp, stop=stop, cpu=lambda: sum(map(time.clock_gettime, clocks)))
 
@@ -232,7 +259,7 @@ def _run(engine: Engine, job: Job, seconds: float, ramp: float, stop: Callable[[
         from penstock.io.window_libaio import run_libaio  # noqa: PLC0415 - only where it is used is it needed
 
         watch()
-        run_libaio(job, meter)
+        run_libaio(job, meter, drain=drain)
     else:
         from penstock.io.window_aiofiles import run_aiofiles  # noqa: PLC0415
 
@@ -256,8 +283,7 @@ def _run_threads(job: Job, meter: Meter, watch: Callable[[], None]) -> None:
                 ended = time.perf_counter()
                 with lock:
                     if not meter.done:
-                        meter.count(result)
-                        meter.time(ended - began)
+                        meter.count_timed(result, ended - began)
                         meter.goes_on(ended)
         except BaseException:
             meter.done = True

@@ -27,8 +27,17 @@ def run_aiofiles(job: Job, meter: Meter, watch: Callable[[], None]) -> None:
 
 async def _run(job: Job, meter: Meter, executor: ThreadPoolExecutor) -> None:
     offsets = job.offsets()
-    # Not a TaskGroup, which would wrap the error: the first one goes up, and the other lanes are cancelled.
-    await asyncio.gather(*(_run_lane(job, meter, job.piece(index), offsets, executor) for index in range(job.depth)))
+    lanes = [
+        asyncio.create_task(_run_lane(job, meter, job.piece(index), offsets, executor)) for index in range(job.depth)
+    ]
+    try:
+        await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        # Told to end, not cancelled: a cancelled lane would leave its thread reading, and lose a file being opened.
+        meter.done = True
+        await asyncio.wait(lanes)
+    for lane in lanes:
+        lane.result()
 
 
 async def _run_lane(
@@ -47,8 +56,7 @@ async def _run_lane(
             result = await _transfer(handle, job, piece, offset)
             ended = time.perf_counter()
             if not meter.done:
-                meter.count(result)
-                meter.time(ended - began)
+                meter.count_timed(result, ended - began)
                 meter.goes_on(ended)
 
 

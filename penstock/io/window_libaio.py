@@ -21,7 +21,7 @@ __all__ = ["run_libaio"]
 _IOCB_NBYTES = 64
 
 
-def run_libaio(job: Job, meter: Meter, *, calls: AioCalls | None = None) -> None:
+def run_libaio(job: Job, meter: Meter, *, drain: bool = False, calls: AioCalls | None = None) -> None:
     """Transfer until the meter is done; returns, or raises, when nothing is in flight any more."""
     queue = _Queue(job, calls or available_calls()[0])
     try:
@@ -29,6 +29,8 @@ def run_libaio(job: Job, meter: Meter, *, calls: AioCalls | None = None) -> None
             _run_layers(job, meter, queue)
         else:
             _run_window(job, meter, queue)
+        if drain:
+            _drain(meter, queue)
     finally:
         queue.close()
 
@@ -36,7 +38,7 @@ def run_libaio(job: Job, meter: Meter, *, calls: AioCalls | None = None) -> None
 def _run_window(job: Job, meter: Meter, queue: _Queue) -> None:
     """Start a request for every one that ends."""
     offsets = job.offsets()
-    events, prepare, clock, count, measure = queue.events, queue.prepare, time.perf_counter, meter.count, meter.time
+    events, prepare, clock, count = queue.events, queue.prepare, time.perf_counter, meter.count_timed
     for index in range(job.depth):
         prepare(index, next(offsets))
     since = [clock()] * job.depth
@@ -47,8 +49,7 @@ def _run_window(job: Job, meter: Meter, queue: _Queue) -> None:
         for number in range(ended):
             event = events[number]
             index = event.data
-            count(event.result)
-            measure(now - since[index])
+            count(event.result, now - since[index])
             since[index] = now
             prepare(index, next(offsets))
         if not meter.goes_on(now):
@@ -87,6 +88,14 @@ def _run_layers(job: Job, meter: Meter, queue: _Queue) -> None:
         start(layer)
 
 
+def _drain(meter: Meter, queue: _Queue) -> None:
+    """Count what is in flight, too, and the time it takes to end."""
+    while queue.in_flight:
+        for number in range(queue.reap(queue.in_flight)):
+            meter.count(queue.events[number].result)
+    meter.extend(time.perf_counter())
+
+
 class _Queue:
     """A context and `depth` prepared requests. Those that were prepared again wait in `_pointers` to be submitted."""
 
@@ -96,13 +105,14 @@ class _Queue:
         self._capacity = job.depth
         self._context = make_context(calls, [job.depth])
         self._iocbs: Any = ffi.new("struct iocb[]", job.depth)
+        self._requests = [self._iocbs[index] for index in range(job.depth)]
         self._pointers: Any = ffi.new("uintptr_t[]", job.depth)
         self.events: Any = ffi.new("struct io_event[]", job.depth)
-        self._first = int(ffi.cast("uintptr_t", self._iocbs))
+        first = int(ffi.cast("uintptr_t", self._iocbs))
+        self._addresses = [first + _IOCB_NBYTES * index for index in range(job.depth)]
         self._ready = 0
-        self._in_flight = 0
-        for index in range(job.depth):
-            iocb = self._iocbs[index]
+        self.in_flight = 0
+        for index, iocb in enumerate(self._requests):
             iocb.data = index
             iocb.opcode = IOCB_CMD_PWRITE if job.opened.write else IOCB_CMD_PREAD
             iocb.fd = job.opened.fd
@@ -111,8 +121,8 @@ class _Queue:
 
     def prepare(self, index: int, offset: int) -> None:
         """Have request `index`, which is not in flight, transfer the block at `offset` with the next submission."""
-        self._iocbs[index].offset = offset
-        self._pointers[self._ready] = self._first + _IOCB_NBYTES * index
+        self._requests[index].offset = offset
+        self._pointers[self._ready] = self._addresses[index]
         self._ready += 1
 
     def submit(self) -> None:
@@ -120,23 +130,24 @@ class _Queue:
         while self._ready:
             taken = self._calls.submit(self._context, self._ready, self._pointers)
             if taken > 0:
-                self._in_flight += taken
+                self.in_flight += taken
                 self._ready -= taken
-                ffi.memmove(self._pointers, self._pointers + taken, 8 * self._ready)
-            elif taken in {0, -errno.EAGAIN} and self._in_flight:
+                if self._ready:
+                    ffi.memmove(self._pointers, self._pointers + taken, 8 * self._ready)
+            elif taken in {0, -errno.EAGAIN} and self.in_flight:
                 return
             elif taken != -errno.EINTR:
-                raise self._job.opened.error("io_submit failed", -taken or errno.EAGAIN)
+                raise self._job.error("io_submit failed", -taken or errno.EAGAIN)
 
     def reap(self, at_least: int) -> int:
         """Wait for so many events, at most for all in flight; return how many came, 0 after a signal."""
-        wanted = min(at_least, self._in_flight)
+        wanted = min(at_least, self.in_flight)
         count = self._calls.getevents(self._context, wanted, self._capacity, self.events)
         if count < 0:
             if count == -errno.EINTR:
                 return 0
             raise ReadError("io_getevents failed", got=count)
-        self._in_flight -= count
+        self.in_flight -= count
         return count
 
     def close(self) -> None:

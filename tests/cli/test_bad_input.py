@@ -291,6 +291,52 @@ def test_bad_options(capsys, arguments, error):
     assert err.startswith(f"penstock: {error}: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "stop": 5}', "stop is out of range"),
+        ('{"prompt": "a", "self": 1}', "sampling fields that Penstock does not have"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ('{"prompt": "\\ud800"}', "prompt 0 is not text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no chat template"),
+    ],
+)
+def test_lines_that_are_hard_to_read(tmp_path, capsys, line, message):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(line + "\n")
+    status, out, err = run(capsys, "--prompts", prompts, "--device", "cpu", "--device-memory", "64MiB")
+    assert (status, out) == (1, "")
+    assert message in err
+
+
+def test_a_disk_that_fails_is_not_taken_for_the_output(tiny_llama, tmp_path, capsys, monkeypatch):
+    from penstock.engine.llm import LLM
+    from penstock.errors import ReadError
+
+    def fail(*_, **__):
+        raise ReadError("cannot be read", file="shard", got="Input/output error")
+
+    monkeypatch.setattr(LLM, "stream", fail)
+    status, _, err = run(
+        capsys, "--prompt", "x", "--device", "cpu", "--device-memory", "64MiB", "--output", tmp_path / "out.jsonl"
+    )
+    assert status == 1
+    assert err.startswith("penstock: ReadError: shard: cannot be read")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_standard_output():
+    import subprocess
+    import sys
+
+    command = f"{sys.executable} -m penstock generate --prompt x --device cpu --device-memory 64MiB --max-tokens 1"
+    for redirect, message in ((">&-", "no standard output"), ("> /dev/full", "No space left")):
+        done = subprocess.run(["sh", "-c", f"{command} {redirect}"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"OutputError: {'there is ' if 'standard' in message else ''}" in done.stderr
+        assert message in done.stderr
+
+
 def test_a_model_without_prompts(tiny_llama, capsys):
     status, _, err = run(capsys, tiny_llama)
     assert status == 1

@@ -65,6 +65,28 @@ def test_text_output_holds_prompt_and_completion(capsys, tmp_path):
     assert output.read_text().startswith("import os")
 
 
+def test_text_output_is_in_the_order_of_the_prompts(capsys, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.txt"
+    prompts.write_text('{"prompt": "first", "max_tokens": 8}\n{"prompt": "second", "max_tokens": 1}\n')
+    run(capsys, "--prompts", prompts, "--output", output, "--device-memory", "64MiB")
+    text = output.read_text()
+    assert text.startswith("first")
+    assert text.index("first") < text.index("second")
+
+
+def test_a_terminated_run_leaves_no_file(tmp_path):
+    command = [sys.executable, "-m", "penstock", "generate", "--prompt", "import os", "--device", "cpu"]
+    command += ["--max-tokens", "900", "--ignore-eos", "--device-memory", "8MB", "--host-memory", "0"]
+    running = subprocess.Popen([*command, "--output", str(tmp_path / "out.jsonl")], stderr=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.iterdir()):
+            assert running.poll() is None
+    finally:
+        running.terminate()
+    assert running.wait(30) == 128 + 15
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prompts_from_stdin(tmp_path):
     command = [sys.executable, "-m", "penstock", "generate", "--prompts", "-", "--device", "cpu", "--json"]
     command += ["--max-tokens", "2", "--device-memory", "64MiB"]

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from penstock import LLM, MemoryTiers, SamplingParams
-from penstock.errors import BudgetError, ClosedError, ConfigError, DeviceError, PromptTooLongError, RequestError
+from penstock.errors import (
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    ModelOutputError,
+    PromptTooLongError,
+    RequestError,
+)
 
 PROMPTS = [
     [5, 17, 33, 99, 101, 7, 12, 200, 45, 3, 77, 150],
@@ -179,6 +187,34 @@ def test_bad_requests_are_refused_before_anything_runs(tiny_llama, device):
         with pytest.raises(BudgetError, match="no room for the keys and values"):
             llm._kv._limit = 1000
             llm.generate([[5] * 100], GREEDY)
+
+
+def test_one_run_at_a_time(tiny_llama, device):
+    with open_llm(tiny_llama, device) as llm:
+        stream = llm.stream(PROMPTS, GREEDY)
+        next(stream)
+        with pytest.raises(RequestError, match="another run"):
+            llm.generate([[5]])
+        llm.close()
+        with pytest.raises(ClosedError):
+            list(stream)
+
+
+def test_extreme_sampling_takes_the_likeliest(tiny_llama, device):
+    with open_llm(tiny_llama, device) as llm:
+        greedy = llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids
+        for extreme in ({"temperature": 1e-39}, {"top_p": 1e-60}, {"top_k": 1}):
+            params = SamplingParams(max_tokens=12, ignore_eos=True, **extreme)
+            assert llm.generate([PROMPTS[0]], params)[0].outputs[0].token_ids == greedy
+        params = SamplingParams(max_tokens=12, top_k=10**20)
+        assert llm.generate([PROMPTS[0]], params)[0].finished
+
+
+def test_numbers_that_overflow_are_named(tiny_llama, device):
+    with open_llm(tiny_llama, device, "device only") as llm:
+        llm._weights.resident.view(torch.float32).fill_(float("inf"))
+        with pytest.raises(ModelOutputError, match="not finite"):
+            llm.generate([PROMPTS[0]], GREEDY)
 
 
 def test_a_closed_model_refuses_work(tiny_llama, device):

@@ -2,10 +2,11 @@
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from reader_backends import BACKENDS, identify
+from reader_backends import ALL_BACKENDS, BACKENDS, identify
 
 from penstock.io.memory import HostMemory
 
@@ -23,6 +24,13 @@ def make_reader(request):
     yield make
     for reader in readers:
         reader.close()
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def make_any(request):
+    """Open readers of one backend or of the fake: make_any(block_bytes); they are closed at the end."""
+    with ExitStack() as stack:
+        yield lambda block_bytes=64 << 10: stack.enter_context(ALL_BACKENDS[request.param](block_bytes))
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from penstock.io.aio_calls import available_calls
 from penstock.io.aiofiles import AiofilesReader
+from penstock.io.fake import FakeReader
 from penstock.io.files import SourceFile
 from penstock.io.libaio import LibaioReader
 from penstock.io.threads import ThreadsReader
 
 
 def identify(path: Path) -> SourceFile:
-    status = path.stat()
-    return SourceFile(path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)
+    return SourceFile.identify(path)
 
 
 def _libaio(calls):
@@ -24,3 +24,6 @@ BACKENDS = {
     "aiofiles": lambda block: AiofilesReader(lanes=3, block_bytes=block),
 }
 """libaio by every way to call it that is installed; by system calls always."""
+
+ALL_BACKENDS = {**BACKENDS, "fake": lambda _: FakeReader()}
+"""And the fake, on real files."""

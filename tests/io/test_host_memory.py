@@ -62,6 +62,27 @@ def test_close_is_idempotent_and_use_after_it_raises():
             use()
 
 
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, 3 * HUGE_PAGE, 3 * HUGE_PAGE + 5])
+def test_statistics(nbytes):
+    with HostMemory(nbytes) as memory:
+        statistics = memory.statistics()
+        unit = HUGE_PAGE if nbytes >= HUGE_PAGE else 4096
+        assert statistics.nbytes == nbytes
+        assert statistics.resident_nbytes == -(-nbytes // unit) * unit
+        assert statistics.huge_nbytes is None or 0 <= statistics.huge_nbytes <= statistics.resident_nbytes
+        assert not statistics.pinned
+        assert statistics.populate_seconds >= 0
+    with pytest.raises(ClosedError):
+        memory.statistics()
+
+
+def test_the_limits_are_named(monkeypatch):
+    monkeypatch.setattr(memory_module, "available_memory", lambda: 0)
+    monkeypatch.setattr(memory_module, "memory_limit", lambda: 12345)
+    with pytest.raises(BudgetError, match=r"control group's limit 12345 bytes, `ulimit -l` (unlimited|\d+ bytes)"):
+        HostMemory(1)
+
+
 def test_close_gives_the_pages_back():
     memory = HostMemory(4 * HUGE_PAGE)
     address = memory.address

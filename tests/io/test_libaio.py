@@ -3,36 +3,40 @@
 import errno
 
 import pytest
+from mean_disks import MeanCalls
 from reader_backends import identify
 
 from penstock.errors import FileChangedError, ReadError
 from penstock.io.aio_calls import SystemCalls, available_calls, ffi
-from penstock.io.disk import Block, OpenFile
+from penstock.io.disk import Block
 from penstock.io.libaio import LibaioReader
+from penstock.io.open_file import OpenFile
 from penstock.io.reader import Read
 
 KIB = 1 << 10
 MIB = 1 << 20
 
 
-class MeanCalls(SystemCalls):
-    """Real AIO whose answers are worse: `submits` and `results` map what the kernel said to what the reader hears."""
+class OrderlessCalls(SystemCalls):
+    """Real AIO that tells of one request at a time, the last one first, and of none before all have ended."""
 
-    def __init__(self, submits=(), results=()):
+    def __init__(self):
         super().__init__()
-        self._submits, self._results = iter(submits), iter(results)
+        self._held, self._in_flight = [], 0
 
     def submit(self, context, count, iocbs):
-        limit = next(self._submits, count)
-        return limit if limit < 0 else super().submit(context, min(limit, count), iocbs)
+        taken = super().submit(context, count, iocbs)
+        self._in_flight += max(0, taken)
+        return taken
 
     def getevents(self, context, at_least, at_most, events):
-        count = super().getevents(context, at_least, at_most, events)
-        for index in range(count):
-            change = next(self._results, None)
-            if change is not None:
-                events[index].result = change(events[index].result)
-        return count
+        if not self._held:
+            while len(self._held) < self._in_flight:
+                count = super().getevents(context, 1, at_most, events)
+                self._held += [(events[index].data, events[index].result) for index in range(count)]
+            self._in_flight = 0
+        events[0].data, events[0].result = self._held.pop()
+        return 1
 
 
 @pytest.fixture
@@ -81,6 +85,15 @@ def test_results_that_need_another_attempt(read, results):
     arrived, statistics = read(MeanCalls(results=results))
     assert arrived
     assert (statistics.reads, statistics.bytes_read) == (64, MIB)
+
+
+def test_completions_in_reverse_order_one_by_one(make_file, memory):
+    file, content = make_file(MIB)
+    with LibaioReader(block_bytes=16 * KIB, calls=OrderlessCalls()) as reader:
+        tickets = [reader.submit([Read(file, 0, memory.view[start : start + MIB])]) for start in range(0, 3 * MIB, MIB)]
+        for ticket in tickets:
+            reader.wait(ticket)
+    assert memory.view[: 3 * MIB] == 3 * content
 
 
 @pytest.mark.parametrize("result", [0, 4095, -errno.EAGAIN])
@@ -170,22 +183,22 @@ class TestBlock:
         opened.close()
 
     def test_goes_on_at_an_aligned_point(self, opened):
-        block = Block(opened, 0, memoryview(bytearray(12288)), 10_000)
+        block = Block(opened, 0, memoryview(bytearray(12288)), 1 << 20, expected=10_000)
         assert not block.take(9000)
-        assert (block.offset, block.memory.nbytes) == (8192, 4096)
+        assert (block.offset, block.memory.nbytes, block.address) == (8192, 4096, (1 << 20) + 8192)
         assert block.take(1808)
 
     def test_a_file_that_shrank(self, opened):
         with open(opened.file.path, "r+b") as file:
             file.truncate(100)
-        block = Block(opened, 0, memoryview(bytearray(12288)), 10_000)
+        block = Block(opened, 0, memoryview(bytearray(12288)), 1 << 20, expected=10_000)
         with pytest.raises(FileChangedError, match="got bytes 100"):
             block.take(100)
 
     def test_a_file_that_grew(self, opened):
         with open(opened.file.path, "ab") as file:
             file.write(b"x")
-        assert Block(opened, 0, memoryview(bytearray(12288)), 10_000).take(10_001)
+        assert Block(opened, 0, memoryview(bytearray(12288)), 1 << 20, expected=10_000).take(10_001)
         with pytest.raises(FileChangedError, match="10001"):
             opened.check_unchanged()
         assert identify(opened.file.path).nbytes == 10_001

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.batch import Span
-from penstock.kernels import attention, flash
+from penstock.kernels import attention
 from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import attend_together
 
@@ -49,9 +49,8 @@ RULES = {
 @pytest.mark.parametrize(("num_kv", "value_size"), [(4, 8), (2, 8), (1, 8), (2, 6)])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_at_every_start(
-    name: str, num_kv: int, value_size: int, start: int, length: int, elements: int, monkeypatch: pytest.MonkeyPatch
+    name: str, num_kv: int, value_size: int, start: int, length: int, elements: int
 ) -> None:
-    monkeypatch.setattr(attention, "_SCORE_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
     span = Span(0, start, length)
     query = torch.randn(4, length, 8, generator=generator)
@@ -59,7 +58,7 @@ def test_every_rule_at_every_start(
     values = torch.randn(span.end, num_kv, value_size, generator=generator)
     rule = Rule(scale=0.3, **RULES[name])
     out = torch.empty(length, 4, value_size)
-    attend(query, keys, values, rule, out=out)
+    attend(query, keys, values, rule, max_scores=elements, out=out)
     torch.testing.assert_close(out, naive(query, keys, values, span, rule), atol=2e-6, rtol=1e-5)
 
 
@@ -71,7 +70,6 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(query.shape[0] * query.shape[1] * key.shape[1])
         return scored(query, key, value, rule, start=start, first=first)
 
-    monkeypatch.setattr(attention, "_SCORE_ELEMENTS", 4000)
     monkeypatch.setattr(attention, "_scored", watch)
     out = torch.empty(50, 4, 8)
     attend(
@@ -79,6 +77,7 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(60, 2, 8),
         torch.randn(60, 2, 8),
         Rule(1.0, softcap=9.0),
+        max_scores=4000,
         out=out,
     )
     assert len(sizes) > 1
@@ -90,11 +89,8 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("limit", [1, 1 << 26])
 @pytest.mark.parametrize("window", [None, 4, 100])
 @pytest.mark.parametrize("num_kv", [4, 2, 1])
-def test_sequences_together_are_sequences_alone(
-    num_kv: int, window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sequences_together_are_sequences_alone(num_kv: int, window: int | None, limit: int) -> None:
     """Prefill, a chunk and decode in one call of the flash kernel, without waiting for the device."""
-    monkeypatch.setattr(flash, "_COPY_NBYTES", limit)
     spans = [Span(0, 0, 33), Span(1, 40, 1), Span(2, 17, 20), Span(3, 0, 1), Span(4, 3, 1)]
     options = {"device": "cuda", "dtype": torch.bfloat16}
     query = torch.randn(sum(span.length for span in spans), 4, 16, **options)
@@ -104,7 +100,9 @@ def test_sequences_together_are_sequences_alone(
     out = torch.empty_like(query)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        attend_together(query, rows, [span.length for span in spans], scale=0.3, window=window, out=out)
+        attend_together(
+            query, rows, [span.length for span in spans], scale=0.3, window=window, copy_nbytes=limit, out=out
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     begin = 0

@@ -40,6 +40,7 @@ def plan(tiers, num_slots, model):
         slot_nbytes=max(layout.nbytes for layout in layouts) if num_slots else 0,
         micro_batch_tokens=1,
         pass_tokens=1,
+        max_scores=1,
         resident_nbytes=model.resident.nbytes,
         workspace_nbytes=0,
         kv_nbytes=0,

@@ -180,7 +180,7 @@ def _load_config(directory: Path) -> Any:
     raw = _read_json(file)
     kind = raw.get("model_type")
     if not isinstance(kind, str):
-        raise ModelError("not a model's config", file=file, wanted="a model_type", got=repr(kind))
+        raise UnknownArchitectureError("not a model's config", file=file, wanted="a model_type", got=repr(kind))
     if kind not in CONFIG_MAPPING_NAMES:
         if "auto_map" in raw:
             raise RemoteCodeError(

@@ -65,7 +65,7 @@ def test_generated_tokens_are_those_of_transformers(
         whole = llm._kv._cost.of(max(map(len, PROMPTS)) + NUM_NEW)
     monkeypatch.setattr("penstock.engine.llm.make_plan", in_two_slots)
     with LLM(
-        tmp_path, tiers=MemoryTiers(device=minimum + 2 * whole, host=0), device=device, micro_batch_tokens=16
+        tmp_path, tiers=MemoryTiers(device=minimum + 4 * whole, host=0), device=device, micro_batch_tokens=16
     ) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True))
         if len(llm.plan.tiers) > 2:

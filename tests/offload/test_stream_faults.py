@@ -1,0 +1,162 @@
+"""What the weight stream does when reads fail, when a pass is interrupted, and when it is closed in the middle."""
+
+import threading
+
+import pytest
+import torch
+from test_stream import N, _parameters, plan
+
+from penstock.engine.model.build import load_model
+from penstock.errors import ClosedError, ReadError
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.fake import FakeReader, Fault
+from penstock.offload.source import read_unit
+from penstock.offload.stream import WeightStream
+from penstock.offload.tiers import Tier
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return load_model(tiny_llama, dtype="auto", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    result = []
+    for layout in model.layer_layouts:
+        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        read_unit(layout, buffer)
+        result.append(_parameters(layout, buffer))
+    return result
+
+
+class GatedReader(FakeReader):
+    """Reads wait until the gate is open; `refuse` makes the next submissions fail before anything starts."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.refuse = 0
+
+    def submit(self, reads):
+        if self.refuse:
+            self.refuse -= 1
+            raise ReadError("cannot be opened", file=reads[0].file.path, got="Too many open files")
+        return super().submit(reads)
+
+    def wait(self, ticket):
+        self.waiting.set()
+        self.gate.wait(30)
+        super().wait(ticket)
+
+
+def open_stream(tiny_llama, model, reader, tiers=(N,) * 6, num_slots=2):
+    return WeightStream(
+        plan(tiers, num_slots, model),
+        checkpoint=Checkpoint.open(tiny_llama),
+        resident=model.resident,
+        layers=model.layer_layouts,
+        device=torch.device("cpu"),
+        reader=reader,
+    )
+
+
+def check_pass(stream, model, expected):
+    for index, layout in enumerate(model.layer_layouts):
+        with stream.layer(index):
+            assert all(map(torch.equal, _parameters(layout, stream.buffer_of(index)), expected[index])), index
+
+
+@pytest.mark.parametrize("completion", ["at once", "when waited for", "newest first"])
+def test_reads_may_complete_in_any_order(tiny_llama, model, expected, completion):
+    with open_stream(tiny_llama, model, FakeReader(completion=completion)) as stream:
+        stream.load()
+        for _ in range(2):
+            check_pass(stream, model, expected)
+
+
+@pytest.mark.parametrize("fault", [Fault(), Fault("changed")])
+@pytest.mark.parametrize("request_number", [3, 7, 12, 20])
+def test_a_fault_is_raised_where_the_layer_is_needed_and_the_next_pass_is_right(
+    tiny_llama, model, expected, fault, request_number
+):
+    with open_stream(tiny_llama, model, FakeReader(faults={request_number: fault})) as stream:
+        stream.load()
+        failures = 0
+        for _ in range(8):
+            try:
+                check_pass(stream, model, expected)
+            except (OSError, ValueError):
+                failures += 1
+        assert failures == 1
+        check_pass(stream, model, expected)
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3, 5])
+def test_submissions_that_fail_leave_no_bytes_of_others_behind(tiny_llama, model, expected, refused):
+    reader = GatedReader()
+    with open_stream(tiny_llama, model, reader) as stream:
+        stream.load()
+        check_pass(stream, model, expected)
+        reader.refuse = refused
+        failures = 0
+        for _ in range(12):
+            try:
+                check_pass(stream, model, expected)
+            except ReadError:
+                failures += 1
+        assert 1 <= failures <= refused
+        check_pass(stream, model, expected)
+
+
+def test_an_interrupt_while_waiting_does_not_corrupt_the_next_pass(tiny_llama, model, expected):
+    reader = GatedReader()
+    tiers = [Tier.HOST, N] * 3
+    with open_stream(tiny_llama, model, reader, tiers, num_slots=1) as stream:
+        stream.load()
+        with stream.layer(0):
+            reader.gate.clear()
+        slot = stream._slot_of[1]
+        interrupted = slot.arrived
+
+        class Interrupted:
+            """Stands for the moment in which Ctrl-C reaches the main thread, in the middle of the wait."""
+
+            def result(self):
+                raise KeyboardInterrupt
+
+            def __getattr__(self, name):
+                return getattr(interrupted, name)
+
+        slot.arrived = Interrupted()
+        with pytest.raises(KeyboardInterrupt), stream.layer(1):
+            pass
+        threading.Timer(0.05, reader.gate.set).start()
+        check_pass(stream, model, expected)
+        check_pass(stream, model, expected)
+
+
+def test_closing_drops_what_is_only_queued(tiny_llama, model):
+    reader = GatedReader()
+    stream = open_stream(tiny_llama, model, reader, (Tier.DEVICE,) * 6, num_slots=0)
+    reader.gate.clear()
+    errors = []
+
+    def load():
+        try:
+            stream.load()
+        except ClosedError as error:
+            errors.append(error)
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    reader.waiting.wait(30)
+    threading.Timer(0.05, reader.gate.set).start()
+    stream._lane.close()
+    loading.join(30)
+    assert not loading.is_alive()
+    assert len(errors) == 1
+    assert len(reader.submitted) <= 4, "no more than the staging ring held"
+    stream.close()
