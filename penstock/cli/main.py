@@ -64,7 +64,10 @@ def _signals_end_cleanly() -> Iterator[None]:
         yield
         return
 
+    received = []
+
     def leave(number: int, _: FrameType | None) -> None:
+        received.append(number)
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -73,6 +76,8 @@ def _signals_end_cleanly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received:  # some library has swallowed the exit
+        raise SystemExit(128 + received[0])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import penstock
@@ -92,8 +90,7 @@ def run(options: argparse.Namespace) -> int:
         check_installed()
     if options.dry_run:
         return _dry_run(targets, wanted, seconds)
-    with _signals_end_cleanly():
-        profile = _measure(options, targets, wanted, began, seconds)
+    profile = _measure(options, targets, wanted, began, seconds)
     kept = profile_path(os.environ.get("XDG_CACHE_HOME"))
     profile.store(kept)
     human = sys.stderr if options.json == "-" else sys.stdout
@@ -321,21 +318,3 @@ def _judge(expected: float | None, profile: HardwareProfile) -> int:
         if any(warning.code == "fio_failed" for warning in disk.warnings):
             status = 1
     return status
-
-
-@contextlib.contextmanager
-def _signals_end_cleanly() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exit that runs every clean-up; Ctrl-C does so anyway."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

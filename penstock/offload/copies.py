@@ -5,6 +5,7 @@ A *mark* is a point in the order of the copies, or of the computing, that the ot
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ class Copies:
     """Copies in order. This is the CPU's: each call ends when the bytes have moved, so a mark has always passed."""
 
     asynchronous = False
+
+    def __init__(self) -> None:
+        self._stall_seconds = 0.0
 
     @contextmanager
     def issue(self) -> Iterator[None]:
@@ -41,15 +45,23 @@ class Copies:
     def wait_for_computing(self, mark: Any) -> None:
         """Let copies issued from now on wait for a point of the computing."""
 
-    def wait_for_copies(self, mark: Any) -> None:
-        """Let computing that the calling thread issues from now on wait for a point of the copies."""
+    def start_waiting(self) -> Any:
+        """Note that the calling thread's computing has nothing more to do until a layer arrives."""
+        return time.perf_counter()
+
+    def wait_for_copies(self, mark: Any, waiting: Any) -> None:  # noqa: ARG002 - they have ended
+        """Let computing that the calling thread issues from now on wait for a point of the copies.
+
+        `waiting` is what `start_waiting` returned; what computing has lost since then is a stall.
+        """
+        self._stall_seconds += time.perf_counter() - waiting
 
     def block_until(self, mark: Any) -> None:
         """Block the calling thread until a point of the copies has passed."""
 
     def stall_seconds(self) -> float:
         """Return for how long computing has waited for copies, as far as the device can tell."""
-        return 0.0
+        return self._stall_seconds
 
 
 class CudaCopies(Copies):
@@ -58,10 +70,10 @@ class CudaCopies(Copies):
     asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._stall_seconds = 0.0
 
     @contextmanager
     def issue(self) -> Iterator[None]:
@@ -86,14 +98,19 @@ class CudaCopies(Copies):
         if mark is not None:
             self._stream.wait_event(mark)
 
-    def wait_for_copies(self, mark: Any) -> None:
-        """Make the calling thread's stream wait, between two timed events: what lies between them is a stall."""
+    def start_waiting(self) -> Any:
+        """Record a timed event, which passes when the device has done all that it has been given."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def wait_for_copies(self, mark: Any, waiting: Any) -> None:
+        """Make the calling thread's stream wait; what lies between `waiting` and the end of that is a stall."""
         stream = torch.cuda.current_stream(self._device)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record(stream)
         stream.wait_event(mark)
+        after = torch.cuda.Event(enable_timing=True)
         after.record(stream)
-        self._waits.append((before, after))
+        self._waits.append((waiting, after))
         if len(self._waits) >= 256:
             self.stall_seconds()
 

@@ -7,7 +7,6 @@ of layers; as soon as a layer's work has been issued its slot is refilled with t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -90,7 +89,6 @@ class WeightStream:
         self._device = device
         self._copies = copies_for(device)
         self._moved = 0
-        self._stalled = 0.0
         self._closed = False
         self._exit = ExitStack()
         with ExitStack() as cleanup:
@@ -187,16 +185,14 @@ class WeightStream:
             return
         if slot.layer != index:
             self._refill(slot, index)
-        start = time.perf_counter()
+        waiting = self._copies.start_waiting()
         try:
             arrived = slot.arrived.result()
         except BaseException:
             if slot.arrived.done():  # else it was the wait that was interrupted: the layer is still on its way
                 slot.layer = None
             raise
-        if not self._copies.asynchronous:  # else the device may be busy meanwhile; it knows best when it waited
-            self._stalled += time.perf_counter() - start
-        self._copies.wait_for_copies(arrived)
+        self._copies.wait_for_copies(arrived, waiting)
         try:
             yield
         finally:
@@ -235,8 +231,7 @@ class WeightStream:
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""
-        stalled = self._stalled + self._copies.stall_seconds()
-        return StreamStatistics(self._moved, self._reader.statistics(), stalled)
+        return StreamStatistics(self._moved, self._reader.statistics(), self._copies.stall_seconds())
 
     def close(self) -> None:
         """Let what is under way end, then give all memory back. Tensors bound to it must not be used any more."""

@@ -52,7 +52,7 @@ def expected(tiny_llama, device):
 def open_llm(path, device, tiers="disk only", **options):
     memory, host = TIERS[tiers]
     if device == "cuda" and memory != "40MiB":
-        memory = f"{int(memory.removesuffix('KiB')) + 150}KiB"  # a CUDA run samples several rows at once
+        memory = f"{int(memory.removesuffix('KiB')) + 300}KiB"  # a CUDA run samples several rows at once
     return LLM(path, tiers=MemoryTiers(device=memory, host=host), device=device, **options)
 
 
@@ -67,7 +67,7 @@ def test_greedy_tokens_are_those_of_in_memory_hf(tiny_llama, expected, device, t
     assert report.generated_tokens == 5 * 12
     assert report.prompt_tokens == sum(map(len, PROMPTS))
     if tiers.startswith("disk only"):
-        assert report.traffic.disk_bytes >= (report.num_passes - 2) * report.plan.nvme_nbytes
+        assert report.traffic.disk_bytes >= (report.num_passes - 4) * report.plan.nvme_nbytes
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 7, 64])
