@@ -304,6 +304,7 @@ def test_killed_at_any_moment_it_leaves_nothing(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         ends = list(pool.map(kill_at_a_random_moment, [tmp_path] * 50, range(50), signals, delays))
     for (left, status), sent, delay in zip(ends, signals, delays, strict=True):
-        assert left == [], (sent, delay)
-        # The interpreter itself dies of the signal until the command takes over; then it leaves with 128 + number.
-        assert status in {-sent, 128 + sent, 130, 1}, (sent, delay)
+        assert left == [], (sent, delay, status)
+        # The interpreter itself dies of the signal until the command takes over; then it leaves with 128 + number. A
+        # library whose start or end is interrupted may abort the process; what counts is that nothing is left.
+        assert status in {-sent, 128 + sent, 130, 1, -signal.SIGABRT}, (sent, delay)
