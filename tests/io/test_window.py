@@ -120,7 +120,8 @@ def test_nothing_is_left_when_it_is_interrupted(measure, make_file):
 
     with pytest.raises(KeyboardInterrupt):
         measure(file, seconds=60.0, stop=interrupt)
-    assert (open_descriptors(), threading.active_count()) == before
+    after = open_descriptors(), threading.active_count()
+    assert all(now <= then for now, then in zip(after, before, strict=True)), "those of earlier tests may end meanwhile"
 
 
 def test_memory_is_let_go_of(make_file, caplog):
