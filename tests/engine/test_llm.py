@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_in_memory_hf(tiny_llama, expected, device, t
         outputs = llm.generate(PROMPTS, GREEDY)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert [output.request_id for output in outputs] == ["0", "1", "2", "3", "4"]
-        assert (llm.plan.num_slots == 0) == (tiers == "device only")
+        assert tiers != "device only" or llm.plan.num_slots == 0
         report = llm.last_run
     assert report.generated_tokens == 5 * 12
     assert report.prompt_tokens == sum(map(len, PROMPTS))
