@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from penstock.errors import OutputError
+from penstock.io.atomic import sync_directory
 
 __all__ = ["ProgressLine", "ResultFile", "result_file"]
 
@@ -56,7 +57,7 @@ def result_file(path: str) -> Iterator[ResultFile]:
             os.umask(umask)
             hidden.chmod(0o666 & ~umask)
             hidden.replace(target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
     finally:
         hidden.unlink(missing_ok=True)
 
@@ -68,14 +69,6 @@ def _naming(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ProgressLine:

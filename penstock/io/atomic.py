@@ -9,7 +9,7 @@ from pathlib import Path
 
 from penstock.errors import OutputError
 
-__all__ = ["write_whole"]
+__all__ = ["sync_directory", "write_whole"]
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -34,7 +34,7 @@ def write_whole(path: Path, text: str) -> None:
         hidden.chmod(0o666 & ~umask)
         hidden.replace(path)
         hidden = None
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise OutputError("cannot be written", file=path, got=error.strerror or str(error)) from error
     finally:
@@ -43,7 +43,8 @@ def write_whole(path: Path, text: str) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,22 +12,6 @@ from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import Tier
 
 
-@pytest.fixture(scope="module")
-def model(tiny_llama):
-    return load_model(tiny_llama, dtype="auto", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """Each layer's bytes, read plainly, with the gaps between parameters blanked."""
-    result = []
-    for layout in model.layer_layouts:
-        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        read_unit(layout, buffer)
-        result.append(_parameters(layout, buffer))
-    return result
-
-
 def _parameters(layout, buffer):
     return [buffer[view.offset : view.offset + view.nbytes].cpu().clone() for view in layout.parameters]
 

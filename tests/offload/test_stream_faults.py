@@ -6,28 +6,11 @@ import pytest
 import torch
 from test_stream import N, _parameters, plan
 
-from penstock.engine.model.build import load_model
 from penstock.errors import ClosedError, ReadError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.fake import FakeReader, Fault
-from penstock.offload.source import read_unit
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import Tier
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama):
-    return load_model(tiny_llama, dtype="auto", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    result = []
-    for layout in model.layer_layouts:
-        buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        read_unit(layout, buffer)
-        result.append(_parameters(layout, buffer))
-    return result
 
 
 class GatedReader(FakeReader):
