@@ -271,9 +271,13 @@ def _run_threads(job: Job, meter: Meter, watch: Callable[[], None]) -> None:
     """Let `depth` threads transfer one block each, again and again."""
     lock = threading.Lock()
     offsets = job.offsets()
+    # Ctrl-C while the pool starts can leave a thread that the pool does not know and will not wait for. No thread
+    # touches memory before all are known.
+    complete = threading.Event()
 
     def work(index: int) -> None:
         piece = job.piece(index)
+        complete.wait()
         try:
             while not meter.done:
                 with lock:
@@ -291,11 +295,14 @@ def _run_threads(job: Job, meter: Meter, watch: Callable[[], None]) -> None:
 
     with ThreadPoolExecutor(job.depth, thread_name_prefix="penstock-window", initializer=watch) as pool:
         try:
-            for future in [pool.submit(work, index) for index in range(job.depth)]:
+            futures = [pool.submit(work, index) for index in range(job.depth)]
+            complete.set()
+            for future in futures:
                 future.result()
         finally:
             # Whatever ended this early: the pool's exit waits for the threads, and they must see that it is over.
             meter.done = True
+            complete.set()
 
 
 def _transfer(opened: OpenFile, memory: memoryview, offset: int) -> int:
