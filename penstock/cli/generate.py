@@ -12,6 +12,7 @@ from penstock.cli.output import ProgressLine, ResultFile, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
+from penstock.io.interrupts import held_back
 from penstock.offload.tiers import MemoryTiers, format_size
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def _generate(
     params: list[SamplingParams],
     file: ResultFile | None,
 ) -> int:
-    from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
     progress = ProgressLine()
     with engine.LLM(

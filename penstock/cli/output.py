@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from penstock.errors import OutputError
-from penstock.io.atomic import sync_directory
+from penstock.io.atomic import appearing, naming
 
 __all__ = ["ProgressLine", "ResultFile", "result_file"]
 
@@ -29,7 +27,7 @@ class ResultFile:
     def write(self, record: dict[str, Any]) -> None:
         """Write one record; a text file gets the completed text alone. Raises OutputError, as for a full disk."""
         line = f"{record['prompt'] or ''}{record['text']}" if self.is_text else json.dumps(record)
-        with _naming(self._path):
+        with naming(self._path):
             self._stream.write(line.rstrip("\n") + "\n")
 
 
@@ -43,32 +41,8 @@ def result_file(path: str) -> Iterator[ResultFile]:
     target = Path(path)
     if target.is_dir():
         raise OutputError("the output is a directory", file=path, wanted="a file")
-    with _naming(path):
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    hidden = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            yield ResultFile(stream, path)
-            with _naming(path):
-                stream.flush()
-                os.fsync(stream.fileno())
-        with _naming(path):
-            umask = os.umask(0)
-            os.umask(umask)
-            hidden.chmod(0o666 & ~umask)
-            hidden.replace(target)
-            sync_directory(target.parent)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn what the operating system says into an error that names the output."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
+    with appearing(target) as stream:
+        yield ResultFile(stream, path)
 
 
 class ProgressLine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import penstock
 from penstock.cli.output import ProgressLine
 from penstock.errors import ConfigError, OutputError, PenstockError
+from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -75,10 +77,12 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     began = time.monotonic()
-    from penstock.cli.profile_report import explain_changes, explain_profile  # noqa: PLC0415 - needs numpy, below
-    from penstock.io.fio import check_installed  # noqa: PLC0415
-    from penstock.io.scratch import choose_target  # noqa: PLC0415
-    from penstock.offload.hardware import HardwareProfile, compare, profile_path  # noqa: PLC0415
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.cli.profile_report import explain_changes, explain_profile  # noqa: PLC0415 - needs numpy, below
+        from penstock.io.fio import check_installed  # noqa: PLC0415
+        from penstock.io.profiler import open_disk  # noqa: F401, PLC0415 - used later
+        from penstock.io.scratch import choose_target  # noqa: PLC0415
+        from penstock.offload.hardware import HardwareProfile, compare, profile_path  # noqa: PLC0415
 
     seconds = _seconds(options)
     wanted = _options(options, seconds)
@@ -185,7 +189,7 @@ def _measure(
         _announce(target, wanted)
         share = deadline.part(deadline.left() / (len(targets) - number))
         with open_disk(target, wanted, deadline=share, on_step=show) as disk:
-            torch.wait(0.15 * share.left())
+            torch.wait(0.25 * share.left())
             disk.deadline = share.part(share.left() - (torch.reserve(seconds) if number == 0 else 0.0))
             profile = disk.profile(wanted, seed=os.getpid(), on_step=show)
             if number == 0:
@@ -220,17 +224,19 @@ def _announce(target: Target, wanted: ProfileOptions) -> None:
 
 
 class _TorchImport:
-    """Imports torch, which takes seconds, beside the writing of the scratch file; never waits longer than told."""
+    """Imports torch and starts CUDA, which takes seconds, beside the disk's measurements; waits no longer than told."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._import, name="penstock-import", daemon=True)
+        self._thread = threading.Thread(target=self._import, name="penstock-torch", daemon=True)
         self._thread.start()
 
     def _import(self) -> None:
-        # An import that fails fails again, with its message, where torch is used.
+        # What fails here fails again, with its message, where it is used.
         with contextlib.suppress(Exception):
-            pass
+            torch = importlib.import_module("torch")
+            if torch.cuda.is_available():
+                torch.zeros(1, device="cuda")
         self._done.set()
 
     def wait(self, seconds: float) -> bool:

@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from penstock.errors import OutputError
+from penstock.io.interrupts import held_back
 
-__all__ = ["sync_directory", "write_whole"]
+__all__ = ["appearing", "naming", "sync_directory", "write_whole"]
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+@contextmanager
+def appearing(path: Path) -> Iterator[TextIO]:
+    """Open a hidden sibling that takes the name `path` when the block ends, flushed to the disk.
+
+    It is removed when the block fails. Raises OutputError when the sibling cannot be made, flushed or renamed.
+    """
+    hidden: Path | None = None
+    stream: TextIO | None = None
+    try:
+        with naming(path), held_back():
+            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+            hidden = Path(name)
+            stream = os.fdopen(descriptor, "w", encoding="utf-8")
+        yield stream
+        with naming(path):
+            stream.flush()
+            os.fsync(stream.fileno())
+        with naming(path), held_back():
+            umask = os.umask(0)
+            os.umask(umask)
+            hidden.chmod(0o666 & ~umask)
+            hidden.replace(path)
+            hidden = None
+            sync_directory(path.parent)
+    finally:
+        if stream is not None:
+            with suppress(OSError):  # what could not be written cannot be flushed now either
+                stream.close()
+        if hidden is not None:
+            hidden.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a hidden sibling, flush it to the disk, and rename it. Raises OutputError and leaves nothing behind.
+    """Write a file that appears whole or not at all. Raises OutputError and leaves nothing behind."""
+    with appearing(path) as stream, naming(path):
+        stream.write(text)
 
-    Signals that would end the process wait until it is done, since one between making the sibling and noting its name
-    would leave it there.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    hidden: Path | None = None
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what the operating system says into an OutputError that names the file."""
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        hidden = Path(name)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        hidden.chmod(0o666 & ~umask)
-        hidden.replace(path)
-        hidden = None
-        sync_directory(path.parent)
+        yield
     except OSError as error:
-        raise OutputError("cannot be written", file=path, got=error.strerror or str(error)) from error
-    finally:
-        if hidden is not None:
-            hidden.unlink(missing_ok=True)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
 
 
 def sync_directory(directory: Path) -> None:
