@@ -10,9 +10,19 @@ if TYPE_CHECKING:
     from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from penstock.engine.sampling_params import SamplingParams
     from penstock.errors import PenstockError
+    from penstock.io.settings import ReadSettings
     from penstock.offload.tiers import MemoryTiers
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "MemoryTiers", "PenstockError", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "MemoryTiers",
+    "PenstockError",
+    "ReadSettings",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 __version__ = "0.1.0"
 
@@ -22,6 +32,7 @@ _HOMES = {
     "Logprob": "penstock.engine.outputs",
     "MemoryTiers": "penstock.offload.tiers",
     "PenstockError": "penstock.errors",
+    "ReadSettings": "penstock.io.settings",
     "RequestOutput": "penstock.engine.outputs",
     "SamplingParams": "penstock.engine.sampling_params",
 }

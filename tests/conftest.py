@@ -16,6 +16,14 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="the device that models run on: cpu or cuda")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_user(tmp_path_factory):
+    """What was measured on this machine, or kept by it, changes no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine, ResultFile, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
+from penstock.cli.settings import add_read_options, read_settings
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
 from penstock.io.interrupts import held_back
@@ -60,12 +61,7 @@ def add_to(commands: Any) -> None:
     memory.add_argument(
         "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
     )
-    memory.add_argument(
-        "--io-backend",
-        default="auto",
-        choices=("auto", "libaio", "threads", "aiofiles"),
-        help="how the disk is read (default: the first that works)",
-    )
+    add_read_options(memory)
     sampling = parser.add_argument_group("sampling")
     defaults = SamplingParams(max_tokens=64, temperature=0.0)
     sampling.add_argument(
@@ -149,6 +145,7 @@ def _generate(
     with held_back():  # some libraries swallow an exit that comes while they are imported
         from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
+    settings = read_settings(options, options.model or engine.DEFAULT_MODEL)
     progress = ProgressLine()
     with engine.LLM(
         options.model,
@@ -156,7 +153,7 @@ def _generate(
         device=options.device,
         dtype=options.dtype,
         micro_batch_tokens=options.micro_batch_tokens,
-        io_backend=options.io_backend,
+        io=settings,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
     ) as llm:
         prompts = [_prompt(llm, line) for line in lines]

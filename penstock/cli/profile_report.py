@@ -11,7 +11,7 @@ from penstock.io.facts import HostFacts
 from penstock.io.fio import FioVerdict
 from penstock.io.plateau import Choice
 from penstock.io.profiler import DiskProfile
-from penstock.offload.hardware import Change, HardwareProfile, Links
+from penstock.offload.hardware import Change, HardwareProfile, Links, settings_of
 from penstock.offload.tiers import format_size
 
 __all__ = [
@@ -218,10 +218,11 @@ def _explain_warnings(warnings: Iterable[Warn]) -> list[str]:
 
 
 def config_line(disk: DiskProfile) -> str:
-    """Return the settings in one line that can be copied; sizes in bytes."""
+    """Return the settings as options of the commands that run a model."""
     assert disk.sweep.choice is not None
-    cell = disk.sweep.choice.cell
-    return f"io_backend={cell.engine} io_block_bytes={cell.block_nbytes} io_in_flight_bytes={cell.in_flight_nbytes}"
+    settings = settings_of(disk.sweep.choice)
+    engine = disk.sweep.choice.cell.engine
+    return f"--io-backend {engine} --io-block {settings.block_nbytes} --io-in-flight {settings.in_flight_nbytes}"
 
 
 def explain_changes(changes: Iterable[Change]) -> str:

@@ -36,8 +36,8 @@ from penstock.errors import (
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.choose import ReaderName
 from penstock.io.limits import available_memory
+from penstock.io.settings import ReadSettings
 from penstock.offload.kv import KVCost, KVStore
 from penstock.offload.plan import PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
@@ -62,7 +62,8 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name. A context manager; `close` gives all memory back.
+    "auto" (the checkpoint's) or a torch dtype's name. `io` says how the disk is read. A context manager; `close` gives
+    all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere.
@@ -76,11 +77,12 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         micro_batch_tokens: int | None = None,
-        io_backend: ReaderName = "auto",
+        io: ReadSettings | None = None,
         on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = _find_device(device)
+        self._io = io or ReadSettings()
         self._closed = False
         self._generation: Generation | None = None
         start = time.perf_counter()
@@ -120,7 +122,7 @@ class LLM:
                     resident=self._model.resident,
                     layers=self._model.layer_layouts,
                     device=self._device,
-                    io_backend=io_backend,
+                    settings=self._io,
                 )
             )
             cleanup.callback(self._model.unbind)
@@ -318,7 +320,8 @@ class LLM:
             plan=self.plan,
             device=str(self._device),
             dtype=str(self._model.dtype).removeprefix("torch."),
-            reader=self._weights.reader_choice.as_dict(),
+            reader=self._weights.reader_choice.as_dict()
+            | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
         )
 
     def close(self) -> None:

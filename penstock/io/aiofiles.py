@@ -31,8 +31,8 @@ class AiofilesReader(DiskReader):
 
     name: ClassVar[str] = "aiofiles"
 
-    def __init__(self, *, lanes: int = 8, block_bytes: int = 4 << 20, direct: bool = True) -> None:
-        super().__init__(block_bytes=block_bytes, direct=direct)
+    def __init__(self, *, lanes: int = 8, block_bytes: int | None = None, direct: bool = True) -> None:
+        super().__init__(block_bytes=block_bytes or 4 << 20, direct=direct)
         self._lanes = lanes
         self._executor = ThreadPoolExecutor(lanes, thread_name_prefix="penstock-aiofiles")
         self._loop = asyncio.new_event_loop()

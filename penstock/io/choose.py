@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from penstock.errors import ConfigError, PenstockError, ReadError
 from penstock.io.aiofiles import AiofilesReader
@@ -14,11 +14,10 @@ from penstock.io.direct import direct_refusal
 from penstock.io.files import SourceFile
 from penstock.io.libaio import LibaioReader
 from penstock.io.reader import ALIGNMENT, Read, Reader
+from penstock.io.settings import ReaderName
 from penstock.io.threads import ThreadsReader
 
-__all__ = ["ReaderChoice", "ReaderName", "open_reader"]
-
-ReaderName = Literal["auto", "libaio", "threads", "aiofiles"]
+__all__ = ["ReaderChoice", "open_reader"]
 
 _PROBE_BYTES = 1 << 20
 _INVERSE = bytes(255 - value for value in range(256))
@@ -40,21 +39,23 @@ class ReaderChoice:
         return asdict(self)
 
 
-def open_reader(name: ReaderName, sample: SourceFile, memory: memoryview) -> tuple[Reader, ReaderChoice]:
+def open_reader(
+    name: ReaderName, sample: SourceFile, memory: memoryview, *, block_nbytes: int | None = None
+) -> tuple[Reader, ReaderChoice]:
     """Open the reader called `name`, or with "auto" the first of libaio, threads, aiofiles that works here.
 
     Each is tried by reading the start of `sample` into the start of `memory`, which is overwritten, and comparing with
     a plain read. `memory` is of the kind that will be read into later; its address is a multiple of `ALIGNMENT`, and it
-    is at least that long. The caller closes the reader. Raises ConfigError when the reader asked for does not work
-    here, and ReadError when none does.
+    is at least that long. Requests have `block_nbytes`, or what suits the reader. The caller closes the reader. Raises
+    ConfigError when the reader asked for does not work here, and ReadError when none does.
     """
     expected = _plain_read(sample, min(_PROBE_BYTES, memory.nbytes // ALIGNMENT * ALIGNMENT))
     memory = memory[: -(-len(expected) // ALIGNMENT) * ALIGNMENT]
     refusal = direct_refusal(sample, memory) if expected else "the sample file is empty"
     makers: dict[str, Callable[[], Reader]] = {
-        "libaio": lambda: _make_libaio(refusal),
-        "threads": lambda: ThreadsReader(direct=refusal is None),
-        "aiofiles": lambda: AiofilesReader(direct=refusal is None),
+        "libaio": lambda: _make_libaio(refusal, block_nbytes),
+        "threads": lambda: ThreadsReader(direct=refusal is None, block_bytes=block_nbytes),
+        "aiofiles": lambda: AiofilesReader(direct=refusal is None, block_bytes=block_nbytes),
     }
     rejected: list[tuple[str, str]] = []
     for candidate in makers if name == "auto" else [name]:
@@ -88,10 +89,10 @@ def _plain_read(sample: SourceFile, nbytes: int) -> bytes:
     return content
 
 
-def _make_libaio(refusal: str | None) -> Reader:
+def _make_libaio(refusal: str | None, block_nbytes: int | None) -> Reader:
     if refusal is not None:
         raise ReadError(f"Linux AIO blocks without O_DIRECT, and {refusal}")
-    return LibaioReader()
+    return LibaioReader(block_bytes=block_nbytes)
 
 
 def _probe(make: Callable[[], Reader], sample: SourceFile, memory: memoryview, expected: bytes) -> tuple[Reader, bool]:

@@ -47,8 +47,8 @@ class LibaioReader(DiskReader):
 
     name: ClassVar[str] = "libaio"
 
-    def __init__(self, *, block_bytes: int = 1 << 20, calls: AioCalls | None = None) -> None:
-        super().__init__(block_bytes=block_bytes, direct=True)
+    def __init__(self, *, block_bytes: int | None = None, calls: AioCalls | None = None) -> None:
+        super().__init__(block_bytes=block_bytes or 1 << 20, direct=True)
         self._calls = calls or available_calls()[0]
         self._context = make_context(self._calls, _DEPTHS)
         # The kernel copies requests while they are submitted: one array serves for all of them.

@@ -21,8 +21,8 @@ class ThreadsReader(DiskReader):
 
     name: ClassVar[str] = "threads"
 
-    def __init__(self, *, threads: int = 8, block_bytes: int = 4 << 20, direct: bool = True) -> None:
-        super().__init__(block_bytes=block_bytes, direct=direct)
+    def __init__(self, *, threads: int = 8, block_bytes: int | None = None, direct: bool = True) -> None:
+        super().__init__(block_bytes=block_bytes or 4 << 20, direct=direct)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="penstock-disk-pool")
         self._batches: dict[Ticket, tuple[list[Future[None]], set[OpenFile]]] = {}
         self._next_ticket = 0

@@ -20,10 +20,12 @@ from penstock.io.advice import Warn
 from penstock.io.atomic import write_whole
 from penstock.io.blockdev import PcieLink
 from penstock.io.facts import HostFacts
+from penstock.io.plateau import Choice
 from penstock.io.profiler import DiskProfile
+from penstock.io.settings import ReadSettings
 from penstock.offload.records import RecordError, from_plain, to_plain
 
-__all__ = ["SCHEMA", "UNKNOWN_LINKS", "Change", "HardwareProfile", "Links", "compare", "profile_path"]
+__all__ = ["SCHEMA", "UNKNOWN_LINKS", "Change", "HardwareProfile", "Links", "compare", "profile_path", "settings_of"]
 
 SCHEMA = "penstock-profile/1"
 _MAX_BYTES = 64 << 20
@@ -83,6 +85,11 @@ class HardwareProfile:
         name = f"{os.major(device)}:{os.minor(device)}"
         return next((disk for disk in self.disks if disk.target.device == name), None)
 
+    def settings_for(self, path: str | os.PathLike[str]) -> ReadSettings | None:
+        """Return how to read files on the disk of `path`, or None when it was not measured. Raises OSError."""
+        disk = self.disk_for(path)
+        return settings_of(disk.sweep.choice) if disk and disk.sweep.choice else None
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return to_plain(self)
@@ -125,6 +132,15 @@ class HardwareProfile:
     def with_disks(self, *disks: DiskProfile) -> Self:
         """Return a copy with other disks."""
         return replace(self, disks=disks)
+
+
+def settings_of(choice: Choice) -> ReadSettings:
+    """Return a recommendation as the runtime's settings.
+
+    Never fewer bytes in flight than the default: the memory is small, and layers come in large pieces.
+    """
+    flight = max(ReadSettings().in_flight_nbytes, choice.cell.in_flight_nbytes)
+    return ReadSettings(block_nbytes=choice.cell.block_nbytes, in_flight_nbytes=flight)
 
 
 def profile_path(cache_home: str | None) -> Path:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from penstock.errors import ClosedError
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.choose import ReaderChoice, ReaderName, open_reader
+from penstock.io.choose import ReaderChoice, open_reader
 from penstock.io.memory import HostMemory
 from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
+from penstock.io.settings import NUM_REGIONS, ReadSettings
 from penstock.offload.buffers import convert
 from penstock.offload.chunks import Chunk, plan_chunks
 from penstock.offload.copies import Copies, copies_for
@@ -30,10 +31,6 @@ from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
 
 __all__ = ["StreamStatistics", "WeightStream"]
-
-STAGING_REGIONS = 4
-STAGING_REGION_NBYTES = 32 * 1024 * 1024
-"""The staging ring takes at most 4 × 32 MiB of host RAM: 128 MB in flight keep a disk of 12 GB/s busy for 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,7 @@ class WeightStream:
 
     `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
     resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
-    A `reader` that is given is used and closed instead of the one that `io_backend` would choose.
+    A `reader` that is given is used and closed instead of the one that `settings` choose.
     """
 
     def __init__(
@@ -81,7 +78,7 @@ class WeightStream:
         resident: Layout,
         layers: Sequence[Layout],
         device: torch.device,
-        io_backend: ReaderName = "auto",
+        settings: ReadSettings | None = None,
         reader: Reader | None = None,
     ) -> None:
         self._layouts = tuple(layers)
@@ -94,7 +91,7 @@ class WeightStream:
         with ExitStack() as cleanup:
             self.resident = self._allocate(resident.nbytes, cleanup)
             self._place(plan, cleanup)
-            self._open_disk(checkpoint, io_backend, reader, cleanup)
+            self._open_disk(checkpoint, settings or ReadSettings(), reader, cleanup)
             self._exit = cleanup.pop_all()
 
     def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
@@ -123,14 +120,16 @@ class WeightStream:
                 start += self._layouts[index].wire_nbytes
 
     def _open_disk(
-        self, checkpoint: Checkpoint, io_backend: ReaderName, given: Reader | None, cleanup: ExitStack
+        self, checkpoint: Checkpoint, settings: ReadSettings, given: Reader | None, cleanup: ExitStack
     ) -> None:
         units = (self._resident_layout, *self._layouts)
         largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
-        region = min(STAGING_REGION_NBYTES, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
-        staging = cleanup.enter_context(HostMemory(STAGING_REGIONS * region, pin=self._device.type == "cuda"))
+        region = min(settings.region_nbytes, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
+        staging = cleanup.enter_context(HostMemory(NUM_REGIONS * region, pin=self._device.type == "cuda"))
         if given is None:
-            given, self.reader_choice = open_reader(io_backend, checkpoint.files[0], staging.view[:region])
+            given, self.reader_choice = open_reader(
+                settings.backend, checkpoint.files[0], staging.view[:region], block_nbytes=settings.block_nbytes
+            )
         else:
             self.reader_choice = ReaderChoice(given.name, direct=False, reason="it was given", rejected=())
         self._reader = cleanup.enter_context(given)
@@ -138,7 +137,7 @@ class WeightStream:
             plan_chunks(layout.extents, chunk_nbytes=region) for layout in self._layouts
         ]
         self._resident_chunks = plan_chunks(self._resident_layout.extents, chunk_nbytes=region)
-        self._lane = DiskLane(given, Ring(staging, num_regions=STAGING_REGIONS))
+        self._lane = DiskLane(given, Ring(staging, num_regions=NUM_REGIONS))
         cleanup.callback(self._lane.close)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="penstock-copy")
         cleanup.callback(self._copier.shutdown)

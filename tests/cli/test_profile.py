@@ -148,7 +148,7 @@ def test_a_refusal_of_o_direct_is_measured_through_the_cache_and_said(capsys, la
     assert status == 0
     assert "read through the page cache: open refuses O_DIRECT (EINVAL)" in out
     assert "warning no_direct" in out
-    assert "io_backend=threads" in out
+    assert "--io-backend threads" in out
 
 
 def test_aio_that_is_used_up_falls_back_to_threads_and_says_so(capsys, large_file, monkeypatch):

@@ -3,42 +3,11 @@ import os
 from dataclasses import replace
 
 import pytest
+from made_profile import CELL, make_disk, make_profile
 
 from penstock.errors import OutputError, ProfileError
-from penstock.io.advice import Warn
-from penstock.io.blockdev import BlockDevice, PcieLink
-from penstock.io.cells import Cell, CellRates
-from penstock.io.facts import DirectFacts, FileFacts, HostFacts, TargetFacts
-from penstock.io.fio import FioCell, FioVerdict
-from penstock.io.plateau import Choice
-from penstock.io.profiler import DiskProfile
-from penstock.io.sweep import Sweep
-from penstock.offload.hardware import SCHEMA, UNKNOWN_LINKS, HardwareProfile, compare, profile_path
-
-CELL = Cell("libaio", "window", 1 << 20, 32)
-
-
-def make_disk(rate=6e9, device="259:1", noise=0.01):
-    choice = Choice(CELL, rate, rate * 0.99, rate * 1.01, 0.99, CELL, rate / 0.99, "high", noise, "the plateau")
-    rates = CellRates(CELL, (rate, rate * 1.01), rate, rate, rate * 1.01, 0.02, 1e-3, 2e-3, 3e-3, 0, 0)
-    drive = BlockDevice(
-        "nvme0n1", "FAST", PcieLink(16.0, 4, 32.0, 4), 0, "none", 1023, 524288, 127, False, None, None, ("sda", "sdb")
-    )
-    target = TargetFacts("/models", "xfs", "/", "rw", device, 100, 50, (drive,), DirectFacts(True, None, 4, 512))
-    sweep = Sweep((rates,), ((rate, rate),), choice, CELL, 1e9, rate, None, rate, 4.0, True)
-    verdict = FioVerdict(
-        "fio-3.33", ("fio",), "2 MiB", (FioCell(CELL, 7, 1.0, 0.9, 1.1, 1e9, 1e9, 1.0, True),), "agrees"
-    )
-    file = FileFacts(True, 1 << 32, 1 << 32, 38, 0.0)
-    return DiskProfile(target, file, "libaio", "it works", sweep, 1.01, verdict, (Warn("thp_never", "a", "b"),))
-
-
-def make_profile(*disks, **links):
-    host = HostFacts("6.18", "3.11", 16, 1, 1 << 37, 1 << 36, None, 8 << 20, 0, 65536, 0, "madvise", 0)
-    links = replace(UNKNOWN_LINKS, matmul={"bfloat16": 7.9e14}, complete=True, **links)
-    return HardwareProfile(
-        SCHEMA, "0.1.0", "2026-01-02T03:04:05+00:00", 71.2, True, host, disks or (make_disk(),), links, ()
-    )
+from penstock.io.settings import ReadSettings
+from penstock.offload.hardware import HardwareProfile, compare, profile_path, settings_of
 
 
 @pytest.fixture
@@ -174,3 +143,15 @@ def test_disks_that_do_not_belong_together_are_not_compared():
     old = make_profile(make_disk(device="1:1"), make_disk(device="1:2"))
     assert not any("disk" in each.name for each in compare(old, make_profile(make_disk(device="1:3"))))
     assert any("disk" in each.name for each in compare(make_profile(make_disk(device="1:1")), make_profile()))
+
+
+def test_how_a_disk_is_read(tmp_path):
+    """Blocks are the recommended ones; what is in flight only ever grows."""
+    here = os.stat(tmp_path).st_dev
+    device = f"{os.major(here)}:{os.minor(here)}"
+    profile = make_profile(make_disk(device="259:77"), make_disk(device=device))
+    assert profile.settings_for(tmp_path) == ReadSettings(block_nbytes=1 << 20, in_flight_nbytes=96 << 20)
+    choice = profile.disks[1].sweep.choice
+    wide = replace(choice, cell=replace(CELL, depth=256))
+    assert settings_of(wide) == ReadSettings(block_nbytes=1 << 20, in_flight_nbytes=256 << 20)
+    assert make_profile(make_disk(device="259:77")).settings_for(tmp_path) is None

@@ -6,6 +6,7 @@ import torch
 from penstock.engine.model.build import load_model
 from penstock.errors import ClosedError, FileChangedError, PenstockError
 from penstock.io.checkpoint import Checkpoint
+from penstock.io.settings import ReadSettings
 from penstock.offload.plan import Plan
 from penstock.offload.source import read_unit
 from penstock.offload.stream import WeightStream
@@ -41,7 +42,7 @@ def open_stream(tiny_llama, model, tiers, num_slots, device, io_backend="auto"):
         resident=model.resident,
         layers=model.layer_layouts,
         device=torch.device(device),
-        io_backend=io_backend,
+        settings=ReadSettings(backend=io_backend),
     )
 
 

@@ -1,0 +1,57 @@
+"""How commands that run a model read the disk: what the user says, else what `penstock profile` has found."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from penstock.errors import ProfileError
+from penstock.io.settings import ReadSettings
+from penstock.offload.tiers import parse_size
+
+__all__ = ["add_read_options", "read_settings"]
+
+logger = logging.getLogger("penstock.cli")
+
+
+def add_read_options(group: Any) -> None:
+    """Add the options to a group of a parser."""
+    group.add_argument(
+        "--io-backend",
+        choices=("auto", "libaio", "threads", "aiofiles"),
+        help="how the disk is read (default: the first that works)",
+    )
+    group.add_argument(
+        "--io-block", metavar="SIZE", help="size of one request (default: as `penstock profile` found best)"
+    )
+    group.add_argument("--io-in-flight", metavar="SIZE", help="bytes under way at any time (default: likewise)")
+
+
+def read_settings(options: argparse.Namespace, model: str | os.PathLike[str]) -> ReadSettings:
+    """Return the settings for a model's disk. Raises ConfigError and SizeError."""
+    found = _profiled(model) or ReadSettings()
+    return ReadSettings(
+        backend=options.io_backend or found.backend,
+        block_nbytes=parse_size(options.io_block) if options.io_block else found.block_nbytes,
+        in_flight_nbytes=parse_size(options.io_in_flight) if options.io_in_flight else found.in_flight_nbytes,
+    )
+
+
+def _profiled(model: str | os.PathLike[str]) -> ReadSettings | None:
+    """Return what the stored profile recommends for this disk, or None; a profile of no use is said and left alone."""
+    from penstock.offload.hardware import HardwareProfile, profile_path  # noqa: PLC0415 - numpy
+
+    path = profile_path(os.environ.get("XDG_CACHE_HOME"))
+    if not path.exists():
+        return None
+    try:
+        profile = HardwareProfile.load(path)
+        found = profile.settings_for(model)
+    except (ProfileError, OSError) as error:
+        logger.warning("the profile of this machine is not used: %s", error)
+        return None
+    if found is not None:
+        logger.info("the disk is read as %s of %s recommends: %s", path, profile.started, found)
+    return found
