@@ -85,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="penstock", description="Run language models far bigger than the GPU on one GPU.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr; twice for details")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_to(commands)
     profile.add_to(commands)
+    for each in (parser, *commands.choices.values()):  # before or after the command's name
+        default = 0 if each is parser else argparse.SUPPRESS
+        each.add_argument(
+            "-v", "--verbose", action="count", default=default, help="say more on stderr; twice for details"
+        )
     return parser

@@ -197,6 +197,7 @@ def link_rows(links: Links) -> Iterator[Row]:
         yield "host → GPU", f"{gbps(links.host_to_device)} pinned, {gbps(links.pageable_to_device)} pageable"
         yield "GPU → host", f"{gbps(links.device_to_host)}; both at once {gbps(links.both_directions)}"
         yield "disk → GPU", f"{gbps(links.read_and_copy)} read and copied"
+        yield "GPU memory", f"{gbps(links.device_memory)} read and written"
         pin = links.pin_seconds_per_gib
         yield "pinning", _UNKNOWN if pin is None else f"{pin:.3f} s/GiB"
     products = ", ".join(f"{dtype} {flops / 1e12:.3g} TFLOP/s" for dtype, flops in links.matmul.items())

@@ -1,6 +1,6 @@
 """What the machine can do, measured once and kept: the numbers that plans are made from, as a frozen value and as JSON.
 
-The file's schema is `penstock-profile/1`, described in docs/profile-schema.md. Rates are bytes per second, sizes bytes,
+The file's schema is `penstock-profile/2`, described in docs/profile-schema.md. Rates are bytes per second, sizes bytes,
 times seconds, matrix products FLOP per second. What was not measured is None; nothing is guessed.
 """
 
@@ -27,7 +27,7 @@ from penstock.offload.records import RecordError, from_plain, to_plain
 
 __all__ = ["SCHEMA", "UNKNOWN_LINKS", "Change", "HardwareProfile", "Links", "compare", "profile_path", "settings_of"]
 
-SCHEMA = "penstock-profile/1"
+SCHEMA = "penstock-profile/2"
 _MAX_BYTES = 64 << 20
 _MEASURE_AGAIN = "Measure again with `penstock profile`."
 _SAME = 0.03
@@ -37,9 +37,9 @@ _SAME = 0.03
 class Links:
     """Everything but the disk. Without a GPU, all that concerns one is None, and `matmul` is the CPU's.
 
-    `device` is "cpu" or a CUDA device's name. `both_directions` is the sum of both, at once. `read_and_copy` is disk →
-    pinned memory → device, end to end. `host_copy` counts each byte once. `matmul` is FLOP per second by
-    dtype, on `device`.
+    `device` is "cpu" or a CUDA device's name. `both_directions` is the sum of both, at once. `device_memory` is what a
+    copy on the device reads and writes. `read_and_copy` is disk → pinned memory → device, end to end. `host_copy`
+    counts each byte once. `matmul` is FLOP per second by dtype, on `device`.
     """
 
     device: str
@@ -49,6 +49,7 @@ class Links:
     device_to_host: float | None
     both_directions: float | None
     pageable_to_device: float | None
+    device_memory: float | None
     read_and_copy: float | None
     host_read: float | None
     host_copy: float | None
@@ -59,8 +60,8 @@ class Links:
 
 UNKNOWN_LINKS = Links(
     device="cpu", device_pcie=None, device_numa_node=None, host_to_device=None, device_to_host=None,
-    both_directions=None, pageable_to_device=None, read_and_copy=None, host_read=None, host_copy=None,
-    pin_seconds_per_gib=None, matmul={}, complete=False,
+    both_directions=None, pageable_to_device=None, device_memory=None, read_and_copy=None, host_read=None,
+    host_copy=None, pin_seconds_per_gib=None, matmul={}, complete=False,
 )  # fmt: skip
 """What is known before anything was measured."""
 
@@ -206,6 +207,7 @@ def _link_figures(links: Links) -> Iterator[tuple[str, tuple[float | None, str]]
     yield "device → host", (links.device_to_host, "B/s")
     yield "both directions", (links.both_directions, "B/s")
     yield "pageable → device", (links.pageable_to_device, "B/s")
+    yield "device memory", (links.device_memory, "B/s")
     yield "disk → host → device", (links.read_and_copy, "B/s")
     yield "host memory, read", (links.host_read, "B/s")
     yield "host memory, copy", (links.host_copy, "B/s")

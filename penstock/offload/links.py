@@ -56,18 +56,22 @@ def measure_links(
     """
     cuda = torch.cuda.is_available()
     found: dict[str, Any] = {}
-    steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [("host memory", lambda: _host(deadline))]
+    steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("host memory", lambda: _host(deadline)),
+        ("matrix products", lambda: {"matmul": _matmul(deadline, cuda=cuda)}),
+    ]
     if cuda:
         copies = _Copies(deadline)
-        steps = [("pinning", copies.pin), ("copies", copies.run), *steps]
+        steps = [("pinning", copies.pin), ("copies", copies.run), ("device memory", _device_memory), *steps[::-1]]
         if disk:
             steps.append(("disk to device", lambda: _read_and_copy(*disk, deadline)))
-    steps.append(("matrix products", lambda: {"matmul": _matmul(deadline, cuda=cuda)}))
+    complete = True
     with contextlib.ExitStack() as stack:
         if cuda:
             stack.callback(copies.close)
         for name, step in steps:
             if deadline.passed():
+                complete = False
                 break
             on_step(name)
             try:
@@ -75,7 +79,6 @@ def measure_links(
             except (PenstockError, RuntimeError) as error:
                 # torch says RuntimeError when the GPU's memory is taken.
                 logger.warning("%s could not be measured: %s", name, error)
-        complete = not deadline.passed()
     return replace(UNKNOWN_LINKS, **_device(cuda=cuda), **found, complete=complete)
 
 
@@ -104,9 +107,7 @@ def _fastest(run: Callable[[], Any], deadline: Deadline, *, seconds: float = 1.0
     for number in range(_REPEATS):
         if number >= 2 and limit.passed():
             break
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, _timed(run))
     return best
 
 
@@ -123,6 +124,24 @@ def _read_and_copy_seconds(view: memoryview, deadline: Deadline) -> tuple[float,
         _fastest(source.sum, deadline, seconds=0.4),
         _fastest(lambda: target.copy_(source), deadline, seconds=0.4),
     )
+
+
+def _device_memory() -> dict[str, Any]:
+    """Return the rate at which the device's own memory is read and written; a copy does both."""
+    nbytes = min(_COPY_BYTES, torch.cuda.mem_get_info()[0] // 4)
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    return {"device_memory": 2 * nbytes / min(_timed(copy) for _ in range(_REPEATS))}
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def _fitting(nbytes: int) -> int:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from penstock.cli.main import main
+from penstock.cli.main import _parser, main
 
 BUDGET = ["--device-memory", "3MB", "--host-memory", "0"]
 
@@ -112,3 +112,9 @@ def test_usage_errors_end_with_2(capsys):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["-v", "generate"], ["generate", "-v"]])
+def test_verbose_goes_before_or_after_the_command(arguments):
+    assert _parser().parse_args(arguments).verbose == 1
+    assert _parser().parse_args(["generate"]).verbose == 0

@@ -97,7 +97,7 @@ def test_a_file_is_only_read_and_json_is_alone_on_stdout(capsys, large_file, cac
     status, out, err = run(capsys, large_file, *FEW, "--json", "-")
     assert status == 0
     plain = json.loads(out)
-    assert plain["schema"] == "penstock-profile/1"
+    assert plain["schema"] == "penstock-profile/2"
     assert plain["disks"][0]["file"] == plain["disks"][0]["file"] | {"created": False, "written_nbytes": 0}
     assert "read in place, nothing written" in err
     assert (large_file.stat().st_mtime_ns, large_file.stat().st_size) == (before.st_mtime_ns, before.st_size)

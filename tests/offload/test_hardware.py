@@ -26,7 +26,7 @@ def test_what_is_stored_is_what_is_loaded(stored):
 
 def test_it_is_plain_json_with_its_schema_first(stored):
     plain = json.loads(stored.read_text())
-    assert next(iter(plain.items())) == ("schema", "penstock-profile/1")
+    assert next(iter(plain.items())) == ("schema", "penstock-profile/2")
     assert plain["disks"][0]["sweep"]["choice"]["bytes_per_second"] == 6e9
     assert plain["links"]["device_to_host"] is None
 
@@ -70,7 +70,7 @@ def test_the_place_is_a_path(stored):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"schema": "penstock-profile/1"', "\xff", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100000],
+    ["", "{", "[]", "null", '{"schema": "penstock-profile/2"', "\xff", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100000],
 )
 def test_what_is_no_profile(stored, text):
     stored.write_text(text, encoding="latin-1")
@@ -78,10 +78,10 @@ def test_what_is_no_profile(stored, text):
         HardwareProfile.load(stored)
 
 
-@pytest.mark.parametrize("schema", ["penstock-profile/2", "nvme-profile/1", None, 1, []])
+@pytest.mark.parametrize("schema", ["penstock-profile/1", "nvme-profile/1", None, 1, []])
 def test_another_version_is_refused_as_such(stored, schema):
     change(stored, lambda plain: plain.update(schema=schema))
-    with pytest.raises(ProfileError, match=r"another version.*wanted penstock-profile/1"):
+    with pytest.raises(ProfileError, match=r"another version.*wanted penstock-profile/2"):
         HardwareProfile.load(stored)
 
 
