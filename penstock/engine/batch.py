@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from penstock.offload.kv import KVStore
+    from penstock.offload.kv import KVStore, Places
 
 __all__ = ["CURRENT", "MicroBatch", "Span"]
 
@@ -27,7 +28,7 @@ class Span:
         return self.start + self.length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MicroBatch:
     """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
 
@@ -42,6 +43,11 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Tokens in the micro-batch."""
         return sum(span.length for span in self.spans)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where its tokens are in the store: found once, when the first layer asks."""
+        return self.kv.locate(self.spans)
 
 
 CURRENT: ContextVar[MicroBatch] = ContextVar("penstock_micro_batch")

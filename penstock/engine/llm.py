@@ -38,7 +38,8 @@ from penstock.errors import (
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
-from penstock.offload.kv import KVCost, KVStore
+from penstock.offload.blocks import BLOCK_TOKENS, KVCost
+from penstock.offload.kv import KVStore
 from penstock.offload.plan import PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -112,9 +113,11 @@ class LLM:
             )
         self._kv = KVStore(
             limit_nbytes=self.plan.kv_nbytes,
-            cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes),
+            cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS),
+            device=self._device,
         )
         with ExitStack() as cleanup:
+            cleanup.callback(self._kv.close)
             self._weights = cleanup.enter_context(
                 WeightStream(
                     self.plan,

@@ -41,7 +41,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
     model.bind_resident(resident)
     for index in range(len(layers)):
         model.bind_layer(index, scratch)
-    kv = KVStore()
+    kv = KVStore(device=model.device)
     kv.acquire(0, num_tokens=NUM_TOKENS)
     batch = MicroBatch((Span(0, 0, NUM_TOKENS),), kv)
     tokens = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=model.device)

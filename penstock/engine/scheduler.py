@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,9 @@ __all__ = ["Room", "Schedule", "Scheduler"]
 
 class Room(Protocol):
     """Where sequences reserve memory."""
+
+    def prepare(self, lengths: Items[int]) -> None:
+        """Arrange the memory for sequences of so many tokens; called while none is running."""
 
     def fits(self, num_tokens: int) -> bool:
         """Say whether a sequence of so many tokens can start now."""
@@ -86,6 +90,8 @@ class Scheduler:
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed > 1:
                 self._prefill(sequence, packer)
+        if not self._running:
+            self._room.prepare([sequence.capacity for sequence in self._waiting])
         while self._waiting and self._room_for(self._waiting[0], packer):
             sequence = self._waiting.popleft()
             self._room.acquire(sequence.number, num_tokens=sequence.capacity)

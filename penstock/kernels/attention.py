@@ -8,7 +8,7 @@ Shapes: n queries, L keys; Hq query heads, H key heads; D and Dv head sizes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class Rule:
     def plain(self) -> bool:
         """Whether the scores are those of plain attention."""
         return self.softcap is None and self.sinks is None and self.bias is None
+
+    def of_heads(self, heads: slice) -> Rule:
+        """Return the same rule for some of the query heads."""
+        bias, sinks = self.bias, self.sinks
+        return replace(
+            self,
+            sinks=None if sinks is None else sinks[heads],
+            bias=None if bias is None else lambda positions: bias(positions)[heads],
+        )
 
     def first_key(self, query: int) -> int:
         """The first key that the query at this position sees."""

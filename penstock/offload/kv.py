@@ -1,68 +1,182 @@
 """What sequences remember between passes: keys and values per layer, and the states of recurrent mixers.
 
-A sequence reserves room for all of its tokens before it starts and gives it back when it ends, so a running sequence
-can never run out of memory. Rows are kept per (layer, sequence), token-major.
+Keys and values lie in blocks of a few tokens. All layers share one allocation, in which each has a part of its own; a
+sequence has the same blocks in every layer. So where a micro-batch's tokens are is found once (`Places`), and a layer
+stores them all with one indexed copy.
+
+A sequence reserves blocks for all of its tokens before it starts and gives them back when it ends, so a running
+sequence can never run out of memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.errors import BudgetError
+from penstock.errors import BudgetError, ClosedError
+from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
 
-__all__ = ["KVCost", "KVStatistics", "KVStore"]
+__all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Tokens"]
+
+TYPICAL_TOKENS = 1024
+"""The length of sequences that memory is divided for until a run says how long its own are."""
 
 
-@dataclass(frozen=True, slots=True)
-class KVCost:
-    """What one sequence costs: bytes for each token it may reach, and bytes whatever its length."""
+class Tokens(Protocol):
+    """Consecutive new tokens `start` .. `end` - 1 of one sequence."""
 
-    token_nbytes: int
-    sequence_nbytes: int = 0
+    @property
+    def sequence(self) -> Hashable:
+        """The sequence."""
 
-    def of(self, num_tokens: int) -> int:
-        """Bytes that a sequence of `num_tokens` tokens needs."""
-        return self.sequence_nbytes + self.token_nbytes * num_tokens
+    @property
+    def start(self) -> int:
+        """Its tokens that were stored before."""
+
+    @property
+    def end(self) -> int:
+        """Its tokens that will be stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVStatistics:
-    """A snapshot: bytes in use, the most that ever were, and running sequences."""
+    """A snapshot: bytes in use, the most that ever were, running sequences, blocks in all and those nobody has."""
 
     nbytes: int
     peak_nbytes: int
     num_sequences: int
+    num_blocks: int
+    num_free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the T tokens of a micro-batch go, and where all tokens of its N sequences are; the same in every layer.
+
+    `slots` [T] int64 numbers tokens of the pool; `table` [N, width] int32 names each sequence's blocks in order,
+    `lengths` [N] int32 its tokens, new ones included. They are on the store's device. `offsets` are the N + 1 borders
+    of the sequences in the micro-batch, `ends` the lengths again, as plain numbers, and `firsts` the slot of a
+    sequence's first token where its blocks are one run, else None. The first `num_single` sequences have one new
+    token each.
+    """
+
+    slots: Tensor
+    table: Tensor
+    lengths: Tensor
+    offsets: tuple[int, ...]
+    ends: tuple[int, ...]
+    firsts: tuple[int | None, ...]
+    num_single: int
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one layer keeps of a micro-batch's sequences: tensors [num_blocks, block_tokens, H, ...], and the places."""
+
+    blocks: tuple[Tensor, ...]
+    places: Places
+
+    def of(self, index: int, heads: slice = slice(None)) -> tuple[Tensor, ...]:
+        """Return all tokens of one sequence, [L, H, ...] each: views of one run of blocks, or copies of several."""
+        length, first = self.places.ends[index], self.places.firsts[index]
+        if first is not None:
+            return tuple(kept.flatten(0, 1)[first : first + length, heads] for kept in self.blocks)
+        used = self.places.table[index, : -(-length // self.blocks[0].shape[1])]
+        return tuple(kept[:, :, heads].index_select(0, used).flatten(0, 1)[:length] for kept in self.blocks)
+
+    def sharing_values(self, size: int) -> Rows:
+        """Return keys and values, where all that is kept are keys whose first `size` elements are the values."""
+        (keys,) = self.blocks
+        return Rows((keys, keys[..., :size]), self.places)
+
+    def copy_nbytes(self, index: int) -> int:
+        """Bytes that `of` copies for all heads of one sequence; 0 where it returns views."""
+        if self.places.firsts[index] is not None:
+            return 0
+        token = sum(prod(kept.shape[2:]) * kept.element_size() for kept in self.blocks)
+        return token * (self.places.ends[index] + self.blocks[0].shape[1])
+
+    def head_groups(self, index: int, limit_nbytes: int) -> Iterator[slice]:
+        """Yield all heads, in parts of which `of` copies at most `limit_nbytes` or one head's, where it copies."""
+        num_heads = self.blocks[0].shape[2]
+        needed = self.copy_nbytes(index)
+        size = num_heads if needed <= limit_nbytes else max(limit_nbytes * num_heads // needed, 1)
+        for first in range(0, num_heads, size):
+            yield slice(first, min(first + size, num_heads))
 
 
 @dataclass(slots=True)
 class _Sequence:
     capacity: int
     reserved: int
-    rows: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    filled: dict[int, int] = field(default_factory=dict)
+    blocks: NDArray[np.int32]
+    run: int  # leading blocks that lie one behind the other
+    filled: int = 0
     states: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
 
 class KVStore:
     """Keeps keys, values and recurrent states of running sequences within `limit_nbytes`.
 
-    `cost` is what admission charges; `limit_nbytes=None` means that the caller does the counting (a rehearsal).
+    `cost` is what admission charges. The blocks are one allocation on `device`, made here and again only between runs,
+    when sequences of other lengths come and so what they keep besides blocks takes another share of the limit.
+    `limit_nbytes=None` means that the caller does the counting (a rehearsal): then blocks grow as sequences come.
     """
 
-    def __init__(self, *, limit_nbytes: int | None = None, cost: KVCost | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        limit_nbytes: int | None = None,
+        cost: KVCost | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._limit = limit_nbytes
-        self._cost = cost or KVCost(0)
+        self._cost = cost or KVCost(0, block_tokens=BLOCK_TOKENS)
+        self._device = torch.device(device)
         self._sequences: dict[Hashable, _Sequence] = {}
+        self._allocator = BlockAllocator()
+        self._layers: dict[int, tuple[Tensor, ...]] = {}
+        self._pool: Tensor | None = None
+        self._carved = 0
         self._reserved = 0
         self._peak = 0
+        self._closed = False
+        self.prepare((TYPICAL_TOKENS,))
+
+    def prepare(self, lengths: Sequence[int]) -> None:
+        """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so."""
+        if self._limit is None or not lengths or self._sequences:
+            return
+        wanted = self._cost.divide(self._limit, lengths)
+        there = self._allocator.num_blocks
+        if there >= max(map(self._blocks_of, lengths)) and abs(wanted - there) * 10 <= there:
+            return
+        self._layers.clear()
+        self._pool, self._carved = None, 0  # before the next one is made
+        self._pool = torch.empty(wanted * self._cost.block_nbytes, dtype=torch.uint8, device=self._device)
+        self._allocator = BlockAllocator(wanted)
 
     def fits(self, num_tokens: int) -> bool:
         """Say whether a sequence of `num_tokens` tokens can be acquired now."""
-        return self._limit is None or self._reserved + self._cost.of(num_tokens) <= self._limit
+        if self._limit is None:
+            return True
+        if not self._sequences:
+            return self._cost.of(num_tokens) <= self._limit
+        besides = (len(self._sequences) + 1) * self._cost.sequence_nbytes
+        left = self._limit - self._allocator.num_blocks * self._cost.block_nbytes
+        return besides <= left and self._blocks_of(num_tokens) <= self._allocator.num_free
 
     def check(self, num_tokens: int, what: str = "a sequence") -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens can never be acquired."""
@@ -76,33 +190,87 @@ class KVStore:
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         """Reserve room for a sequence of at most `num_tokens` tokens, for which `fits` has said yes."""
+        if self._closed:
+            raise ClosedError("the store of keys and values is closed")
         assert sequence not in self._sequences, f"{sequence!r} is already running"
         assert self.fits(num_tokens), "sequences start only when they fit"
+        count = self._blocks_of(num_tokens)
+        if self._limit is None:
+            self._allocator.grow(self._allocator.num_blocks + count - self._allocator.num_free)
+        elif count > self._allocator.num_free:
+            self.prepare((num_tokens,))
         reserved = self._cost.of(num_tokens)
-        self._sequences[sequence] = _Sequence(num_tokens, reserved)
+        blocks = np.array(self._allocator.allocate(count), np.int32)
+        self._sequences[sequence] = _Sequence(num_tokens, reserved, blocks, _leading_run(blocks))
         self._reserved += reserved
         self._peak = max(self._peak, self._reserved)
 
-    def append(self, layer: int, sequence: Hashable, start: int, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Store `rows` at token `start` of one layer and return everything so far, new rows included.
+    def _blocks_of(self, num_tokens: int) -> int:
+        keeps_nothing = self._limit is not None and self._cost.token_nbytes == 0
+        return 0 if keeps_nothing else self._cost.blocks_of(num_tokens)
 
-        Each tensor of `rows` is [n, ...]; the result is as many views [start + n, ...], valid until the release.
+    def locate(self, spans: Sequence[Tokens]) -> Places:
+        """Say where the new tokens of a micro-batch go; once for each micro-batch, in the order in which they run."""
+        entries = [self._sequences[span.sequence] for span in spans]
+        starts, ends = [span.start for span in spans], [span.end for span in spans]
+        for entry, start, end in zip(entries, starts, ends, strict=True):
+            assert entry.filled == start, "tokens of a sequence come in order"
+            assert end <= entry.capacity, "a sequence never outgrows what it reserved"
+            entry.filled = end
+        size = self._cost.block_tokens
+        used = [-(-end // size) for end in ends]
+        table = np.zeros((len(spans), -(-max(used) // 16) * 16), np.int32)  # widths differ little: fewer kernels
+        for row, entry, count in zip(table, entries, used, strict=True):
+            row[:count] = entry.blocks[:count]
+        lengths = np.subtract(ends, starts)
+        offsets = [0, *np.cumsum(lengths).tolist()]
+        positions = np.arange(offsets[-1]) - np.repeat(np.subtract(offsets[:-1], starts), lengths)
+        owners = np.repeat(np.arange(len(spans)), lengths)
+        slots = table[owners, positions // size].astype(np.int64) * size + positions % size
+        several = next((place for place, length in enumerate(lengths) if length > 1), len(spans))
+        return Places(
+            *_upload(slots, table, np.array(ends, np.int32), self._device),
+            offsets=tuple(offsets),
+            ends=tuple(ends),
+            firsts=tuple(
+                int(entry.blocks[0]) * size if count <= entry.run else None
+                for entry, count in zip(entries, used, strict=True)
+            ),
+            num_single=several,
+        )
+
+    def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
+        """Store one layer's new rows of a micro-batch, [T, H, ...] each, and return all that it keeps of its sequences.
+
+        The rows are copied to where `places` says; what is returned is valid until a sequence is released.
         """
-        entry = self._sequences[sequence]
-        end = start + rows[0].shape[0]
-        assert entry.filled.get(layer, 0) == start, "tokens of a sequence reach a layer in order"
-        assert end <= entry.capacity, "a sequence never outgrows what it reserved"
-        if layer not in entry.rows:
-            entry.rows[layer] = tuple(row.new_empty((entry.capacity, *row.shape[1:])) for row in rows)
-        for kept, row in zip(entry.rows[layer], rows, strict=True):
-            kept[start:end].copy_(row)
-        entry.filled[layer] = end
-        return tuple(kept[:end] for kept in entry.rows[layer])
+        kept = self._layers.get(layer)
+        if kept is None or kept[0].shape[0] < self._allocator.num_blocks:
+            kept = self._layers[layer] = self._open(kept, rows)
+        for blocks, new in zip(kept, rows, strict=True):
+            blocks.flatten(0, 1).index_copy_(0, places.slots, new)
+        return Rows(kept, places)
 
-    def read(self, layer: int, sequence: Hashable) -> tuple[Tensor, ...]:
+    def read(self, layer: int, places: Places) -> Rows:
         """Return what `append` last returned for this layer: layers that share another layer's keys use it."""
-        entry = self._sequences[sequence]
-        return tuple(kept[: entry.filled[layer]] for kept in entry.rows[layer])
+        return Rows(self._layers[layer], places)
+
+    def _open(self, known: tuple[Tensor, ...] | None, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Give a layer its part of the pool, when it first stores something; without a limit, a larger one."""
+        made = tuple(self._carve(row) for row in rows)
+        for new, old in zip(made, known or (), strict=False):
+            new[: old.shape[0]] = old
+        return made
+
+    def _carve(self, row: Tensor) -> Tensor:
+        shape = (self._allocator.num_blocks, self._cost.block_tokens, *row.shape[1:])
+        if self._limit is None:
+            return row.new_empty(shape)
+        assert self._pool is not None, "sequences have been acquired"
+        begin = self._carved
+        self._carved += prod(shape) * row.element_size()
+        assert self._carved <= self._pool.numel(), "layers keep no more than the rehearsal has seen"
+        return self._pool[begin : self._carved].view(row.dtype).view(shape)
 
     def state(self, layer: int, sequence: Hashable) -> Any | None:
         """Return the object that `keep_state` kept, or None for a sequence that starts."""
@@ -115,28 +283,65 @@ class KVStore:
 
     def release(self, sequence: Hashable) -> None:
         """Give back all that a sequence holds."""
-        self._reserved -= self._sequences.pop(sequence).reserved
+        entry = self._sequences.pop(sequence)
+        self._allocator.release(entry.blocks.tolist())
+        self._reserved -= entry.reserved
 
     def measure(self) -> KVCost:
-        """Return what the running sequences really cost, each the same, from what they have stored so far."""
-        tokens = states = 0
-        for entry in self._sequences.values():
-            tokens = max(tokens, sum(kept.numel() * kept.element_size() // kept.shape[0]
-                                     for rows in entry.rows.values() for kept in rows))  # fmt: skip
-            states = max(states, sum(nbytes for _, nbytes in entry.states.values()))
-        return KVCost(tokens, states)
+        """Return what a sequence really costs, from what the layers and the running sequences have stored so far."""
+        tokens = sum(prod(kept.shape[2:]) * kept.element_size() for blocks in self._layers.values() for kept in blocks)
+        states = (sum(nbytes for _, nbytes in entry.states.values()) for entry in self._sequences.values())
+        return KVCost(tokens, max(states, default=0), self._cost.block_tokens)
 
     def check_integrity(self) -> None:
-        """Assert that what is reserved is what the running sequences reserved, and that none holds more than that."""
+        """Assert that every block is free or one sequence's, and that nobody holds more than was reserved."""
+        held = [entry.blocks for entry in self._sequences.values()]
+        held += [np.arange(start, end, dtype=np.int32) for start, end in self._allocator.free_runs()]
+        every = np.concatenate(held) if held else np.empty(0, np.int32)
+        num_blocks = self._allocator.num_blocks
+        used = sum(len(entry.blocks) for entry in self._sequences.values())
+        assert used + self._allocator.num_free == num_blocks == len(every), (
+            f"{used} used and {self._allocator.num_free} free blocks are not {num_blocks}"
+        )
+        assert (np.bincount(every, minlength=num_blocks) == 1).all(), "a block is free or has one owner"
         assert self._reserved == sum(entry.reserved for entry in self._sequences.values())
-        assert self._limit is None or self._reserved <= self._limit
+        for entry in self._sequences.values():
+            assert entry.filled <= entry.capacity
+            assert len(entry.blocks) == self._blocks_of(entry.capacity)
         if self._limit is None:
             return
+        assert num_blocks * self._cost.block_nbytes + len(self._sequences) * self._cost.sequence_nbytes <= self._limit
         for entry in self._sequences.values():
-            held = sum(kept.numel() * kept.element_size() for rows in entry.rows.values() for kept in rows)
-            held += sum(nbytes for _, nbytes in entry.states.values())
-            assert held <= entry.reserved, f"a sequence holds {held} bytes and reserved {entry.reserved}"
+            states = sum(nbytes for _, nbytes in entry.states.values())
+            assert states <= self._cost.sequence_nbytes, f"a sequence keeps states of {states} bytes"
 
     def statistics(self) -> KVStatistics:
         """Return a snapshot."""
-        return KVStatistics(self._reserved, self._peak, len(self._sequences))
+        allocator = self._allocator
+        return KVStatistics(self._reserved, self._peak, len(self._sequences), allocator.num_blocks, allocator.num_free)
+
+    def close(self) -> None:
+        """Give the memory back. Sequences may still be released; nothing else works any more."""
+        self._closed = True
+        self._layers.clear()
+        self._pool = None
+
+
+def _leading_run(blocks: NDArray[np.int32]) -> int:
+    """Return how many leading blocks lie one behind the other."""
+    breaks = np.flatnonzero(np.diff(blocks) != 1)
+    return int(breaks[0]) + 1 if len(breaks) else len(blocks)
+
+
+def _upload(
+    slots: NDArray[np.int64], table: NDArray[np.int32], lengths: NDArray[np.int32], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the three on the device with one copy, which nobody waits for."""
+    words = 2 * slots.size
+    staging = torch.empty(words + table.size + lengths.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = staging.numpy()
+    host[:words].view(np.int64)[:] = slots
+    host[words : words + table.size] = table.ravel()
+    host[words + table.size :] = lengths
+    there = staging.to(device, non_blocking=True)
+    return there[:words].view(torch.int64), there[words : words + table.size].view(table.shape), there[-len(lengths) :]

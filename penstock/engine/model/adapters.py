@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.batch import CURRENT
-from penstock.engine.model.attention import attend_spans, rule_of
+from penstock.engine.model.attention import attend_rows, attend_spans, rule_of
 from penstock.engine.model.recurrent import cache_argument, wrap_recurrent
 from penstock.errors import UnsupportedModelError
-from penstock.kernels.attention import Rule, attend
+from penstock.kernels.attention import Rule
 
 __all__ = ["Adaptation", "adapt", "refuse"]
 
@@ -178,14 +178,8 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
     to_keys, to_values = expand[:, :nope], expand[:, nope:]
     absorbed = torch.cat([query[0, ..., :nope] @ to_keys, query[0, ..., nope:]], -1)
     rows = torch.cat([key[0, 0], value[0, 0]], -1).unsqueeze(1)
-    made = query.new_empty((rows.shape[0], query.shape[1], rank))
-    begin = 0
-    for span in batch.spans:
-        end = begin + span.length
-        (kept,) = batch.kv.append(module.layer_idx, span.sequence, span.start, rows[begin:end])
-        part = made[begin:end]
-        attend(absorbed[:, begin:end], kept, kept[..., :rank], rule, max_scores=batch.max_scores, out=part)
-        begin = end
+    kept = batch.kv.append(module.layer_idx, batch.places, rows)
+    made = attend_rows(absorbed, kept.sharing_values(rank), rule)
     values: Tensor = torch.einsum("thr,hvr->thv", made, to_values)
     return values[None]
 

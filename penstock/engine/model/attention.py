@@ -9,18 +9,20 @@ Shapes: T tokens of the micro-batch; Hq query heads, H key heads; D and Dv head 
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from penstock.engine.batch import CURRENT
+from penstock.engine.batch import CURRENT, MicroBatch
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import attend_together, can_attend_together
+from penstock.kernels.paged import find_paged
+from penstock.offload.kv import Rows
+from penstock.offload.plan import SCORE_NBYTES
 
-__all__ = ["ATTENTION", "attend_spans", "penstock_attention", "rule_of"]
+__all__ = ["ATTENTION", "attend_rows", "attend_spans", "penstock_attention", "rule_of"]
 
 ATTENTION = "penstock"
 """The name under which transformers finds `penstock_attention`."""
@@ -86,32 +88,64 @@ def attend_spans(
     The store knows them by `layer`, the module's own number unless given.
     """
     batch = CURRENT.get()
-    layer = module.layer_idx if layer is None else layer
-    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    shared = module.kv_shared_layer_index if getattr(module, "is_kv_shared_layer", False) else None
-    made = query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1]))
-    ends = list(accumulate(span.length for span in batch.spans))
-    if shared is None:
-        rows = [
-            batch.kv.append(
-                layer, span.sequence, span.start, keys[end - span.length : end], values[end - span.length : end]
-            )
-            for span, end in zip(batch.spans, ends, strict=True)
-        ]
+    if getattr(module, "is_kv_shared_layer", False):
+        kept = batch.kv.read(module.kv_shared_layer_index, batch.places)
     else:
-        rows = [batch.kv.read(shared, span.sequence) for span in batch.spans]
-    chunked = rule.chunk is not None and max(span.end for span in batch.spans) > rule.chunk
-    one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
-    if rule.plain and not chunked and not one_prompt and can_attend_together(query, value):
-        flat = query[0].transpose(0, 1)
-        lengths = [span.length for span in batch.spans]
-        limit = 16 * batch.max_scores
-        attend_together(flat, rows, lengths, scale=rule.scale, window=rule.window, copy_nbytes=limit, out=made[0])
+        number = module.layer_idx if layer is None else layer
+        kept = batch.kv.append(number, batch.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attend_rows(query[0], kept, rule)[None]
+
+
+def attend_rows(query: Tensor, kept: Rows, rule: Rule) -> Tensor:
+    """Attend with query [Hq, T, D] over the keys and values that the store keeps -> [T, Hq, Dv].
+
+    Sequences with one new token, which come first, go through a kernel for blocks where there is one; of the others
+    many together through torch's, or each alone.
+    """
+    batch, places = CURRENT.get(), kept.places
+    keys, values = kept.blocks
+    made = query.new_empty((query.shape[1], query.shape[0], values.shape[-1]))
+    flat, first = query.transpose(0, 1), 0
+    limit = SCORE_NBYTES * batch.max_scores
+    if places.num_single and (paged := find_paged(flat, keys, values, rule)):
+        first = places.num_single
+        table, lengths = places.table[:first], places.lengths[:first]
+        longest, out = max(places.ends[:first]), made[:first]
+        options: dict[str, Any] = {"rule": rule, "max_length": longest, "workspace_nbytes": limit}
+        paged(flat[:first], keys, values, table, lengths, **options, out=out)
+    rest = range(first, len(places.ends))
+    if rest and _goes_together(batch, kept, rule, rest, limit) and can_attend_together(query, values):
+        spans = [batch.spans[index].length for index in rest]
+        rows = (kept.of(index) for index in rest)
+        attend_together(
+            flat[first:], rows, spans, scale=rule.scale, window=rule.window, copy_nbytes=limit, out=made[first:]
+        )
         return made
-    for span, end, kept in zip(batch.spans, ends, rows, strict=True):
-        begin = end - span.length
-        attend(query[0, :, begin:end], kept[0], kept[1], rule, max_scores=batch.max_scores, out=made[0, begin:end])
+    for index in rest:
+        _attend_alone(query, kept, index, rule, max_scores=batch.max_scores, out=made)
     return made
+
+
+def _goes_together(batch: MicroBatch, kept: Rows, rule: Rule, rest: range, limit_nbytes: int) -> bool:
+    """Whether torch's kernel can take these sequences in one call, or a few."""
+    chunked = rule.chunk is not None and max(kept.places.ends) > rule.chunk
+    one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
+    small = all(kept.copy_nbytes(index) <= limit_nbytes for index in rest)
+    return rule.plain and not chunked and not one_prompt and small
+
+
+def _attend_alone(query: Tensor, kept: Rows, index: int, rule: Rule, *, max_scores: int, out: Tensor) -> None:
+    """Attend for one sequence: by parts of the heads, where its keys must be copied together first."""
+    begin, end = kept.places.offsets[index : index + 2]
+    num_keys = kept.blocks[0].shape[2]
+    scattered = kept.copy_nbytes(index) > 0
+    scores = max_scores // 2 if scattered else max_scores
+    for heads in kept.head_groups(index, SCORE_NBYTES * scores):
+        group = query.shape[0] // num_keys
+        part = slice(heads.start * group, heads.stop * group)
+        keys, values = kept.of(index, heads)
+        some = rule if part.stop - part.start == query.shape[0] else rule.of_heads(part)
+        attend(query[part, begin:end], keys, values, some, max_scores=scores, out=out[begin:end, part])
 
 
 AttentionInterface.register(ATTENTION, penstock_attention)

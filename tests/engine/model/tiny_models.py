@@ -119,7 +119,7 @@ class Stream:
             weights = Forwarded(weights, slot, on_device)
         executor = Executor(model.layers)
         executor.weights = weights
-        return cls(model, executor, KVStore())
+        return cls(model, executor, KVStore(device=device))
 
     def run(self, batches: Sequence[Sequence[tuple[int, int, int]]], *, keep: Tensor | None = None) -> list[Tensor]:
         """Run a pass over micro-batches of (sequence, start, end).

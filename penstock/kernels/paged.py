@@ -1,0 +1,73 @@
+"""Attention of one new token per sequence, over keys and values in blocks that lie anywhere.
+
+`attend_paged` is the reference: plain torch, one sequence after the other. On CUDA a Triton kernel of the same
+signature does all sequences at once; `find_paged` says which one to use, if any.
+Shapes: N sequences; Hq query heads, H key heads; D and Dv head sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.attention import Rule, attend
+from penstock.kernels.flash import MAX_HEAD_SIZE
+
+__all__ = ["attend_paged", "find_paged"]
+
+logger = logging.getLogger("penstock.kernels")
+
+PagedAttention = Callable[..., None]
+"""A function with the signature of `attend_paged`."""
+
+
+def attend_paged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    rule: Rule,
+    max_length: int,
+    workspace_nbytes: int,
+    out: Tensor,
+) -> None:
+    """Attend: query [N, Hq, D] over keys [num_blocks, block_tokens, H, D], values [num_blocks, block_tokens, H, Dv].
+
+    block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
+    `max_length`; the query is the last token's. `out` is [N, Hq, Dv]. What is computed meanwhile takes at most
+    `workspace_nbytes`, or what one sequence needs.
+    """
+    del max_length  # known here; a kernel cannot look before it starts
+    size = keys.shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        used = block_table[row, : -(-length // size)]
+        key, value = (blocks.index_select(0, used).flatten(0, 1)[:length] for blocks in (keys, values))
+        attend(query[row, :, None], key, value, rule, max_scores=workspace_nbytes // 16, out=out[row, None])
+
+
+def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> PagedAttention | None:
+    """Return the kernel for these tensors, laid out as `attend_paged` takes them, and this rule; None if there is none.
+
+    Where it returns None, other code attends sequence by sequence.
+    """
+    if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16} or rule.bias is not None:
+        return None
+    if max(keys.shape[-1], values.shape[-1]) > MAX_HEAD_SIZE or not (keys.is_contiguous() and values.is_contiguous()):
+        return None
+    return _triton()
+
+
+@cache
+def _triton() -> PagedAttention | None:
+    try:
+        from penstock.kernels.paged_triton import attend_paged as kernel  # noqa: PLC0415 (only where there is a GPU)
+    except ImportError as error:
+        logger.warning("decode copies keys together for the flash kernel: Triton cannot be imported (%s)", error)
+        return None
+    return kernel

@@ -1,0 +1,239 @@
+"""Paged decode attention in Triton: the kernel beside `penstock.kernels.paged.attend_paged`, same signature.
+
+One program takes all query heads of one key head, so that every key is read once, and one part of one sequence, so that
+a few long sequences fill the card too; a second kernel joins the parts. How a sequence is cut depends on its own length
+alone, so its result does not depend on its neighbours. Sums and softmax are in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from penstock.kernels.attention import Rule
+
+__all__ = ["attend_paged"]
+
+PART_TOKENS = 512
+"""The fewest keys of a part: joining costs as much as reading some percent of them."""
+
+MAX_PARTS = 32
+
+
+def attend_paged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    rule: Rule,
+    max_length: int,
+    workspace_nbytes: int,
+    out: Tensor,
+) -> None:
+    """Attend as `penstock.kernels.paged.attend_paged` says, without waiting for the device. The rule has no bias."""
+    num_heads, value_size = query.shape[1], values.shape[-1]
+    seen = max_length if rule.window is None else min(max_length, rule.window)
+    seen = seen if rule.chunk is None else min(seen, rule.chunk)
+    num_parts = min(-(-seen // PART_TOKENS), MAX_PARTS)
+    several = num_parts > 1
+    sequence_nbytes = 4 * num_heads * num_parts * (value_size + 1)
+    size = max(workspace_nbytes // sequence_nbytes, 1) if several else query.shape[0]
+    for first in range(0, query.shape[0], size):
+        part = slice(first, first + size)
+        _launch(
+            query[part], keys, values, block_table[part], lengths[part], rule=rule, num_parts=num_parts, out=out[part]
+        )
+
+
+def _launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    rule: Rule,
+    num_parts: int,
+    out: Tensor,
+) -> None:
+    """Attend some sequences in at most `num_parts` parts each."""
+    num_sequences, num_heads, size = query.shape
+    num_keys, value_size = keys.shape[2], values.shape[-1]
+    assert query.stride(2) == out.stride(2) == block_table.stride(1) == 1
+    several = num_parts > 1
+    parts = query.new_empty((num_sequences, num_heads, num_parts, value_size), dtype=torch.float32) if several else out
+    weights = query.new_empty((num_sequences, num_heads, num_parts), dtype=torch.float32) if several else out
+    group = num_heads // num_keys
+    padded = triton.next_power_of_2(max(size, value_size))
+    shared: dict[str, Any] = {
+        "PART_TOKENS": PART_TOKENS,
+        "MAX_PARTS": MAX_PARTS,
+        "VALUE_SIZE": value_size,
+        "VALUE_PAD": triton.next_power_of_2(value_size),
+    }
+    _attend_part[num_parts, num_keys, num_sequences](
+        query,
+        keys,
+        values,
+        block_table,
+        lengths,
+        rule.sinks if rule.sinks is not None else query,
+        out,
+        parts,
+        weights,
+        block_table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        float(rule.scale),
+        float(rule.softcap or 0.0),
+        rule.window or 0,
+        rule.chunk or 0,
+        HAS_SINKS=rule.sinks is not None,
+        HAS_SOFTCAP=rule.softcap is not None,
+        SEVERAL=several,
+        BLOCK_TOKENS=keys.shape[1],
+        NUM_KEYS=num_keys,
+        GROUP=group,
+        GROUP_PAD=max(triton.next_power_of_2(group), 16),
+        SIZE=size,
+        SIZE_PAD=max(triton.next_power_of_2(size), 16),
+        TILE=64 if padded <= 128 else 32,
+        num_warps=4 if group <= 16 else 8,
+        num_stages=3 if padded <= 128 else 2,
+        **shared,
+    )
+    if several:
+        _join_parts[num_heads, num_sequences](
+            lengths,
+            out,
+            parts,
+            weights,
+            out.stride(0),
+            out.stride(1),
+            num_parts,
+            rule.window or 0,
+            rule.chunk or 0,
+            NUM_HEADS=num_heads,
+            num_warps=4,
+            **shared,
+        )
+
+
+@triton.jit
+def _first_key(length, window, chunk):
+    """Return the first key that the last token sees."""
+    first = length * 0
+    if window > 0:
+        first = tl.maximum(length - window, 0)
+    if chunk > 0:
+        first = tl.maximum(first, (length - 1) // chunk * chunk)
+    return first
+
+
+@triton.jit
+def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
+    """Return how many keys a part of so many has."""
+    even = tl.cdiv(tl.cdiv(num_seen, MAX_PARTS), 64) * 64
+    return tl.maximum(even, PART_TOKENS)
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "chunk"])
+def _attend_part(
+    query, keys, values, table, lengths, sinks, out, parts, weights,
+    table_stride, query_stride, query_head_stride, out_stride, out_head_stride,
+    scale, softcap, window, chunk,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEVERAL: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    TILE: tl.constexpr, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Attend one part of one sequence, for the query heads of one key head."""
+    part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + sequence)
+    first = _first_key(length, window, chunk)
+    size = _part_size(length - first, PART_TOKENS, MAX_PARTS)
+    begin = first + part * size
+    end = tl.minimum(begin + size, length)
+    if begin >= length:
+        return
+    rows, columns, places = tl.arange(0, GROUP_PAD), tl.arange(0, SIZE_PAD), tl.arange(0, VALUE_PAD)
+    heads = head * GROUP + rows
+    real = rows < GROUP
+    asked = tl.load(
+        query + sequence * query_stride + heads[:, None] * query_head_stride + columns[None, :],
+        mask=real[:, None] & (columns < SIZE)[None, :],
+        other=0.0,
+    )
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    made = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
+    if HAS_SINKS:
+        if part == 0:  # a sink is a score without a value
+            best = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+            total += 1.0
+    for tile in range(begin, end, TILE):
+        tokens = tile + tl.arange(0, TILE)
+        there = tokens < end
+        block = tl.load(table + sequence * table_stride + tokens // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+        row = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * NUM_KEYS + head
+        key = tl.load(
+            keys + row[None, :] * SIZE + columns[:, None], mask=there[None, :] & (columns < SIZE)[:, None], other=0.0
+        )
+        scores = tl.dot(asked, key) * scale
+        if HAS_SOFTCAP:
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+        scores = tl.where(there[None, :], scores * 1.4426950408889634, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        weight = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(best - higher)
+        total = total * shrink + tl.sum(weight, 1)
+        value = tl.load(
+            values + row[:, None] * VALUE_SIZE + places[None, :],
+            mask=there[:, None] & (places < VALUE_SIZE)[None, :],
+            other=0.0,
+        )
+        made = made * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
+        best = higher
+    made = made / total[:, None]
+    kept = real[:, None] & (places < VALUE_SIZE)[None, :]
+    if SEVERAL:
+        number = (sequence * NUM_KEYS * GROUP + heads) * tl.num_programs(0) + part
+        tl.store(parts + number[:, None] * VALUE_SIZE + places[None, :], made, mask=kept)
+        tl.store(weights + number, best + tl.log2(total), mask=real)
+    else:
+        target = out + sequence * out_stride + heads[:, None] * out_head_stride + places[None, :]
+        tl.store(target, made.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["num_parts", "window", "chunk"])
+def _join_parts(
+    lengths, out, parts, weights, out_stride, out_head_stride, num_parts, window, chunk,
+    NUM_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one query head of one sequence by the sums of their weights (as logarithms to base 2)."""
+    head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length = tl.load(lengths + sequence)
+    seen = length - _first_key(length, window, chunk)
+    count = tl.cdiv(seen, _part_size(seen, PART_TOKENS, MAX_PARTS))
+    rows, places = tl.arange(0, MAX_PARTS), tl.arange(0, VALUE_PAD)
+    real = rows < count
+    number = (sequence * NUM_HEADS + head) * num_parts + rows
+    log = tl.load(weights + number, mask=real, other=float("-inf"))
+    share = tl.exp2(log - tl.max(log, 0))
+    made = tl.load(
+        parts + number[:, None] * VALUE_SIZE + places[None, :],
+        mask=real[:, None] & (places < VALUE_SIZE)[None, :],
+        other=0.0,
+    )
+    joined = tl.sum(made * share[:, None], 0) / tl.sum(share, 0)
+    target = out + sequence * out_stride + head * out_head_stride + places
+    tl.store(target, joined.to(out.dtype.element_ty), mask=places < VALUE_SIZE)

@@ -1,0 +1,128 @@
+"""Blocks of tokens: what sequences cost in them, and which are free. No memory, only numbers.
+
+A block is room for a fixed number of tokens in every layer; the same number names it in all layers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["BLOCK_TOKENS", "BlockAllocator", "KVCost"]
+
+BLOCK_TOKENS = 16
+"""Tokens in a block: few enough that the last one of a sequence wastes little, and a multiple of 16 keeps every
+layer's part of the pool at an address that vector loads like."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCost:
+    """What one sequence costs: bytes for each token it may reach, in whole blocks, and bytes whatever its length."""
+
+    token_nbytes: int
+    sequence_nbytes: int = 0
+    block_tokens: int = 1
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block in all layers together."""
+        return self.token_nbytes * self.block_tokens
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
+        return -(-num_tokens // self.block_tokens)
+
+    def of(self, num_tokens: int) -> int:
+        """Bytes that a sequence of `num_tokens` tokens needs."""
+        return self.sequence_nbytes + self.block_nbytes * self.blocks_of(num_tokens)
+
+    def divide(self, nbytes: int, lengths: Sequence[int]) -> int:
+        """Return how many blocks to make of `nbytes` bytes, for sequences of these lengths.
+
+        What is left is what so many sequences need besides their blocks. The longest of them fits, if it fits at all.
+        """
+        if not self.block_nbytes:
+            return 0
+        blocks = [self.blocks_of(length) for length in lengths]
+        mean = self.sequence_nbytes + self.block_nbytes * sum(blocks) / len(blocks)
+        num_sequences = max(int(nbytes / mean), 1)
+        wanted = max((nbytes - num_sequences * self.sequence_nbytes) // self.block_nbytes, *blocks)
+        return max(min(wanted, (nbytes - self.sequence_nbytes) // self.block_nbytes), 0)
+
+
+class BlockAllocator:
+    """Hands out the blocks 0 .. `num_blocks` - 1: as one run where there is one, so that most sequences are one run."""
+
+    def __init__(self, num_blocks: int = 0) -> None:
+        self.num_blocks = 0
+        self.num_free = 0
+        self._starts: list[int] = []  # free runs in order; no two of them touch
+        self._ends: list[int] = []
+        self.grow(num_blocks)
+
+    def grow(self, num_blocks: int) -> None:
+        """Add blocks until there are `num_blocks`."""
+        if num_blocks > self.num_blocks:
+            self._insert(self.num_blocks, num_blocks)
+            self.num_blocks = num_blocks
+
+    def allocate(self, count: int, *, after: int | None = None) -> list[int]:
+        """Take `count` free blocks, of which there are enough, in the order in which to fill them.
+
+        They come from the smallest run that holds them all, or else from the largest ones. A sequence that grows names
+        its last block as `after`, and gets the ones behind it if they are free.
+        """
+        assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
+        taken: list[int] = []
+        if after is not None:
+            index = bisect_left(self._starts, after + 1)
+            if index < len(self._starts) and self._starts[index] == after + 1:
+                taken += self._take(index, count)
+        while len(taken) < count:
+            taken += self._take(self._choose(count - len(taken)), count - len(taken))
+        return taken
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Give blocks back, in any order."""
+        ordered = sorted(blocks)
+        begin = 0
+        for place in range(1, len(ordered) + 1):
+            if place == len(ordered) or ordered[place] != ordered[place - 1] + 1:
+                self._insert(ordered[begin], ordered[place - 1] + 1)
+                begin = place
+
+    def free_runs(self) -> tuple[tuple[int, int], ...]:
+        """Return the first block of every free run, and the one behind its last."""
+        return tuple(zip(self._starts, self._ends, strict=True))
+
+    def _choose(self, count: int) -> int:
+        sizes = [end - start for start, end in self.free_runs()]
+        fitting = [size for size in sizes if size >= count]
+        return sizes.index(min(fitting) if fitting else max(sizes))
+
+    def _take(self, index: int, count: int) -> range:
+        start, end = self._starts[index], self._ends[index]
+        stop = min(start + count, end)
+        if stop == end:
+            del self._starts[index], self._ends[index]
+        else:
+            self._starts[index] = stop
+        self.num_free -= stop - start
+        return range(start, stop)
+
+    def _insert(self, start: int, end: int) -> None:
+        if start == end:
+            return
+        index = bisect_left(self._starts, start)
+        assert index == 0 or self._ends[index - 1] <= start, f"block {start} is free already"
+        assert index == len(self._starts) or end <= self._starts[index], f"block {end - 1} is free already"
+        self.num_free += end - start
+        if index < len(self._starts) and self._starts[index] == end:
+            end = self._ends[index]
+            del self._starts[index], self._ends[index]
+        if index and self._ends[index - 1] == start:
+            self._ends[index - 1] = end
+        else:
+            self._starts.insert(index, start)
+            self._ends.insert(index, end)
