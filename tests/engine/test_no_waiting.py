@@ -1,0 +1,39 @@
+"""On CUDA, nothing inside a pass waits for the device."""
+
+import pytest
+import torch
+
+from penstock import LLM, MemoryTiers, SamplingParams
+from penstock.engine.executor import Executor
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [64, 7])
+def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens):
+    """The first run compiles kernels and fills caches; the second is watched. Tokens are chosen outside of passes."""
+    prompts = [[5 + number] * length for number, length in enumerate((1, 40, 9, 3, 90))]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (20, 3, 9, 14, 6)]
+    passes = []
+    run_pass = Executor.run_pass
+
+    def watched(self, batches):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = run_pass(self, batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        passes.append(max(span.length for batch, _ in batches for span in batch.spans))
+        return result
+
+    tiers = MemoryTiers(device="40MiB", host=0)
+    with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", micro_batch_tokens=micro_batch_tokens) as llm:
+        first = llm.generate(prompts, params)
+        monkeypatch.setattr(Executor, "run_pass", watched)
+        second = llm.generate(prompts, params)
+    assert [one.outputs for one in first] == [one.outputs for one in second]
+    assert min(passes) == 1
+    assert max(passes) > 1

@@ -1,0 +1,146 @@
+"""Attention over blocks that lie anywhere: the reference against whole keys, the kernel against the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from test_attention import naive
+from torch import Tensor
+
+from penstock.engine.batch import Span
+from penstock.kernels.attention import Rule
+from penstock.kernels.paged import attend_paged, find_paged
+
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -3.0])
+RULES = {
+    "plain": {},
+    "window": {"window": 20},
+    "chunk": {"chunk": 32},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": SINKS},
+    "all": {"window": 600, "softcap": 3.0, "sinks": SINKS},
+}
+
+
+class Case:
+    """Some sequences of one kind in shuffled blocks, with what attention over them must give."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        heads: tuple[int, int],
+        sizes: tuple[int, int],
+        *,
+        block_tokens: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        counts = [-(-length // block_tokens) for length in lengths]
+        order = torch.randperm(sum(counts) + 3, generator=generator).int()
+        self.table = torch.full(
+            (len(lengths), max(counts) + 1), 2**30, dtype=torch.int32
+        )  # unused places are never read
+        for row, part in zip(self.table, order.split([*counts, 3]), strict=False):
+            row[: len(part)] = part
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        shape = (len(order), block_tokens, heads[1])
+        self.query = torch.randn(heads[0], len(lengths), sizes[0], generator=generator).to(dtype).transpose(0, 1)
+        self.keys = torch.randn(*shape, sizes[0], generator=generator).to(dtype)
+        self.values = torch.randn(*shape, sizes[1], generator=generator).to(dtype)
+
+    def wanted(self, rule: Rule) -> Tensor:
+        made = []
+        for row, length in enumerate(self.lengths.tolist()):
+            used = self.table[row, : -(-length // self.keys.shape[1])].long()
+            keys, values = (blocks[used].flatten(0, 1)[:length].float() for blocks in (self.keys, self.values))
+            made.append(naive(self.query[row, :, None].float(), keys, values, Span(0, length - 1, 1), rule)[0])
+        return torch.stack(made)
+
+    def run(self, function, rule: Rule, *, device: str = "cpu", workspace_nbytes: int = 1 << 28) -> Tensor:
+        rule = rule if rule.sinks is None else replace(rule, sinks=rule.sinks.to(device, self.query.dtype))
+        out = torch.empty(*self.query.shape[:2], self.values.shape[-1], device=device, dtype=self.query.dtype)
+        tensors = [one.to(device) for one in (self.query, self.keys, self.values, self.table, self.lengths)]
+        options = {"rule": rule, "max_length": max(self.lengths.tolist()), "workspace_nbytes": workspace_nbytes}
+        function(*tensors, **options, out=out)
+        return out.float().cpu()
+
+
+@pytest.mark.parametrize("workspace_nbytes", [1, 1 << 28])
+@pytest.mark.parametrize("name", RULES)
+def test_the_reference_sees_through_blocks(name: str, workspace_nbytes: int) -> None:
+    rule = Rule(0.3, **RULES[name])
+    case = Case([1, 16, 17, 90, 3], (6, 2), (8, 6))
+    made = case.run(attend_paged, rule, workspace_nbytes=workspace_nbytes)
+    torch.testing.assert_close(made, case.wanted(rule), atol=2e-6, rtol=1e-5)
+
+
+def test_only_what_the_kernel_can_do_is_given_to_it() -> None:
+    case = Case([5], (4, 2), (8, 8))
+    assert find_paged(case.query, case.keys, case.values, Rule(1.0)) is None
+
+
+on_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="no CUDA device or no Triton"
+)
+
+
+@on_cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "sizes", "block_tokens"),
+    [
+        ([1, 5, 16, 17, 64, 65, 511, 512, 513, 1300], (6, 2), (64, 64), 16),
+        ([33, 1, 700], (6, 6), (80, 80), 16),
+        ([100, 40, 2000], (6, 1), (96, 64), 16),
+        ([100, 1025], (6, 3), (112, 112), 32),
+        ([70, 9, 600], (6, 2), (128, 128), 16),
+        ([70, 9, 600], (6, 2), (256, 256), 16),
+        ([40_000, 3], (6, 2), (64, 64), 16),
+    ],
+)
+@pytest.mark.parametrize("name", RULES)
+def test_the_kernel_is_the_reference(name, lengths, heads, sizes, block_tokens, dtype) -> None:
+    """Odd heads, sizes and lengths, without waiting for the device, and with a workspace that holds one sequence."""
+    case = Case(lengths, heads, sizes, block_tokens=block_tokens, dtype=dtype)
+    rule = Rule(0.3, **RULES[name])
+    tensors = [one.cuda() for one in (case.query, case.keys, case.values)]
+    kernel = find_paged(*tensors, rule)
+    assert kernel is not None
+    wanted = case.wanted(rule)
+    made = case.run(kernel, rule, device="cuda")
+    torch.testing.assert_close(made, wanted, atol=2e-2, rtol=2e-2)
+    assert torch.equal(case.run(kernel, rule, device="cuda", workspace_nbytes=1), made)
+    out = torch.empty(len(lengths), heads[0], sizes[1], device="cuda", dtype=dtype)
+    some = rule if rule.sinks is None else replace(rule, sinks=rule.sinks.cuda())
+    options = {"rule": some, "max_length": max(lengths), "workspace_nbytes": 1 << 28}
+    table, sizes_there = case.table.cuda(), case.lengths.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel(*tensors, table, sizes_there, **options, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
+def test_a_sequence_gets_the_same_whatever_its_neighbours_are() -> None:
+    """How it is cut into parts depends on its own length alone."""
+    case = Case([700, 20_000, 5, 512], (6, 2), (64, 64), dtype=torch.bfloat16)
+    kernel = find_paged(case.query.cuda(), case.keys.cuda(), case.values.cuda(), Rule(0.3))
+    together = case.run(kernel, Rule(0.3), device="cuda")
+    query, table, lengths = case.query, case.table, case.lengths
+    for row in range(4):
+        case.query, case.table, case.lengths = (one[row : row + 1] for one in (query, table, lengths))
+        assert torch.equal(case.run(kernel, Rule(0.3), device="cuda")[0], together[row])
+
+
+@on_cuda
+def test_scores_of_another_kind_are_left_to_other_code() -> None:
+    case = Case([5], (4, 2), (64, 64), dtype=torch.bfloat16)
+    query, keys, values = case.query.cuda(), case.keys.cuda(), case.values.cuda()
+    assert find_paged(query, keys, values, Rule(1.0, bias=lambda positions: positions)) is None
+    assert find_paged(query, keys, keys[..., :32], Rule(1.0)) is None, "values that are a part of the keys"
+    assert find_paged(query.float(), keys.float(), values.float(), Rule(1.0)) is None
