@@ -23,7 +23,7 @@ from torch import Tensor
 from penstock.errors import BudgetError, ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
 
-__all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Tokens"]
+__all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
 
 TYPICAL_TOKENS = 1024
 """The length of sequences that memory is divided for until a run says how long its own are."""
@@ -57,14 +57,23 @@ class KVStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class Singles:
+    """The first `count` sequences of a micro-batch, which have one new token each: their part of its `Places`."""
+
+    count: int
+    table: Tensor
+    lengths: Tensor
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Places:
     """Where the T tokens of a micro-batch go, and where all tokens of its N sequences are; the same in every layer.
 
     `slots` [T] int64 numbers tokens of the pool; `table` [N, width] int32 names each sequence's blocks in order,
     `lengths` [N] int32 its tokens, new ones included. They are on the store's device. `offsets` are the N + 1 borders
     of the sequences in the micro-batch, `ends` the lengths again, as plain numbers, and `firsts` the slot of a
-    sequence's first token where its blocks are one run, else None. The first `num_single` sequences have one new
-    token each.
+    sequence's first token where its blocks are one run, else None.
     """
 
     slots: Tensor
@@ -73,12 +82,7 @@ class Places:
     offsets: tuple[int, ...]
     ends: tuple[int, ...]
     firsts: tuple[int | None, ...]
-    num_single: int
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.ends)
+    singles: Singles
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +231,17 @@ class KVStore:
         positions = np.arange(offsets[-1]) - np.repeat(np.subtract(offsets[:-1], starts), lengths)
         owners = np.repeat(np.arange(len(spans)), lengths)
         slots = table[owners, positions // size].astype(np.int64) * size + positions % size
-        several = next((place for place, length in enumerate(lengths) if length > 1), len(spans))
+        there = _upload(slots, table, np.array(ends, np.int32), self._device)
+        count = next((place for place, length in enumerate(lengths) if length > 1), len(spans))
         return Places(
-            *_upload(slots, table, np.array(ends, np.int32), self._device),
+            *there,
             offsets=tuple(offsets),
             ends=tuple(ends),
             firsts=tuple(
                 int(entry.blocks[0]) * size if count <= entry.run else None
                 for entry, count in zip(entries, used, strict=True)
             ),
-            num_single=several,
+            singles=Singles(count, there[1][:count], there[2][:count], max(ends[:count], default=0)),
         )
 
     def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:

@@ -102,18 +102,16 @@ def attend_rows(query: Tensor, kept: Rows, rule: Rule) -> Tensor:
     Sequences with one new token, which come first, go through a kernel for blocks where there is one; of the others
     many together through torch's, or each alone.
     """
-    batch, places = CURRENT.get(), kept.places
+    batch, singles = CURRENT.get(), kept.places.singles
     keys, values = kept.blocks
     made = query.new_empty((query.shape[1], query.shape[0], values.shape[-1]))
     flat, first = query.transpose(0, 1), 0
     limit = SCORE_NBYTES * batch.max_scores
-    if places.num_single and (paged := find_paged(flat, keys, values, rule)):
-        first = places.num_single
-        table, lengths = places.table[:first], places.lengths[:first]
-        longest, out = max(places.ends[:first]), made[:first]
-        options: dict[str, Any] = {"rule": rule, "max_length": longest, "workspace_nbytes": limit}
-        paged(flat[:first], keys, values, table, lengths, **options, out=out)
-    rest = range(first, len(places.ends))
+    if singles.count and (paged := find_paged(flat, keys, values, rule)):
+        first = singles.count
+        options: dict[str, Any] = {"rule": rule, "max_length": singles.max_length, "workspace_nbytes": limit}
+        paged(flat[:first], keys, values, singles.table, singles.lengths, **options, out=made[:first])
+    rest = range(first, len(batch.spans))
     if rest and _goes_together(batch, kept, rule, rest, limit) and can_attend_together(query, values):
         spans = [batch.spans[index].length for index in rest]
         rows = (kept.of(index) for index in rest)
