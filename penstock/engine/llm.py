@@ -67,7 +67,7 @@ class LLM:
     all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
-    fit, saying what would be enough. Nothing is written anywhere.
+    fit, saying what would be enough. Nothing is written but, on CUDA, Triton's own cache of compiled kernels.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import MAX_HEAD_SIZE
 
 __all__ = ["attend_paged", "find_paged"]
+
+MAX_LATENT_SIZE = 512
+"""Values that are the first elements of the keys may be larger: they are read once."""
 
 logger = logging.getLogger("penstock.kernels")
 
@@ -40,8 +44,8 @@ def attend_paged(
     """Attend: query [N, Hq, D] over keys [num_blocks, block_tokens, H, D], values [num_blocks, block_tokens, H, Dv].
 
     block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
-    `max_length`; the query is the last token's. `out` is [N, Hq, Dv]. What is computed meanwhile takes at most
-    `workspace_nbytes`, or what one sequence needs.
+    `max_length`; the query is the last token's. Values may be a view of the keys' first elements. `out` is [N, Hq, Dv].
+    What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
     """
     del max_length  # known here; a kernel cannot look before it starts
     size = keys.shape[1]
@@ -58,16 +62,25 @@ def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Paged
     """
     if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16} or rule.bias is not None:
         return None
-    if max(keys.shape[-1], values.shape[-1]) > MAX_HEAD_SIZE or not (keys.is_contiguous() and values.is_contiguous()):
+    latent = keys.data_ptr() == values.data_ptr()
+    largest = MAX_LATENT_SIZE if latent else MAX_HEAD_SIZE
+    if not keys.is_contiguous() or not (latent or values.is_contiguous()) or values.shape[-1] > largest:
         return None
-    return _triton()
+    return _triton(query.device) if latent or keys.shape[-1] <= largest else None
 
 
 @cache
-def _triton() -> PagedAttention | None:
+def _triton(device: torch.device) -> PagedAttention | None:
+    """Return the Triton kernel, or None, logged with the reason, where this machine cannot build or run it."""
     try:
-        from penstock.kernels.paged_triton import attend_paged as kernel  # noqa: PLC0415 (only where there is a GPU)
-    except ImportError as error:
-        logger.warning("decode copies keys together for the flash kernel: Triton cannot be imported (%s)", error)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise RuntimeError("the GPU is older than compute capability 8.0")
+        from triton.runtime import driver  # noqa: PLC0415 (only where there is a GPU)
+
+        from penstock.kernels.paged_triton import attend_paged as kernel  # noqa: PLC0415
+
+        driver.active.get_current_target()  # builds what every kernel needs, with the machine's C compiler
+    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
+        logger.warning("decode copies keys together for torch's kernel, for want of Triton: %s", error)
         return None
     return kernel

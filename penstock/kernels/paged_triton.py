@@ -1,8 +1,9 @@
 """Paged decode attention in Triton: the kernel beside `penstock.kernels.paged.attend_paged`, same signature.
 
-One program takes all query heads of one key head, so that every key is read once, and one part of one sequence, so that
-a few long sequences fill the card too; a second kernel joins the parts. How a sequence is cut depends on its own length
-alone, so its result does not depend on its neighbours. Sums and softmax are in float32.
+One program takes the query heads of one key head (or a tile of them), so that keys are read once, and one part of one
+sequence, so that a few long sequences fill the card too; a second kernel joins the parts. How a sequence is cut depends
+on its own length alone, so its result does not depend on its neighbours. Sums and softmax are in float32. Where values
+are the first elements of the keys, as in latent attention, they are read once.
 """
 
 from __future__ import annotations
@@ -70,14 +71,18 @@ def _launch(
     parts = query.new_empty((num_sequences, num_heads, num_parts, value_size), dtype=torch.float32) if several else out
     weights = query.new_empty((num_sequences, num_heads, num_parts), dtype=torch.float32) if several else out
     group = num_heads // num_keys
-    padded = triton.next_power_of_2(max(size, value_size))
+    latent = keys.data_ptr() == values.data_ptr()
+    whole = value_size if latent else size
+    heads = min(max(triton.next_power_of_2(group), 16), 32 if latent else 64)  # what fits every card's shared memory
+    tiles = triton.cdiv(group, heads)
+    padded = triton.next_power_of_2(max(whole, value_size))
     shared: dict[str, Any] = {
         "PART_TOKENS": PART_TOKENS,
         "MAX_PARTS": MAX_PARTS,
         "VALUE_SIZE": value_size,
         "VALUE_PAD": triton.next_power_of_2(value_size),
     }
-    _attend_part[num_parts, num_keys, num_sequences](
+    _attend_part[num_parts, num_keys * tiles, num_sequences](
         query,
         keys,
         values,
@@ -102,11 +107,15 @@ def _launch(
         BLOCK_TOKENS=keys.shape[1],
         NUM_KEYS=num_keys,
         GROUP=group,
-        GROUP_PAD=max(triton.next_power_of_2(group), 16),
-        SIZE=size,
-        SIZE_PAD=max(triton.next_power_of_2(size), 16),
+        HEADS=heads,
+        TILES=tiles,
+        LATENT=latent,
+        SIZE=whole,
+        SIZE_PAD=max(triton.next_power_of_2(whole), 16),
+        REST=size - whole,
+        REST_PAD=max(triton.next_power_of_2(size - whole), 16),
         TILE=64 if padded <= 128 else 32,
-        num_warps=4 if group <= 16 else 8,
+        num_warps=4 if heads * padded <= 4096 else 8,
         num_stages=3 if padded <= 128 else 2,
         **shared,
     )
@@ -151,12 +160,13 @@ def _attend_part(
     table_stride, query_stride, query_head_stride, out_stride, out_head_stride,
     scale, softcap, window, chunk,
     HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEVERAL: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
+    LATENT: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
     TILE: tl.constexpr, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Attend one part of one sequence, for the query heads of one key head."""
-    part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Attend one part of one sequence, for the query heads of one key head, or a tile of them."""
+    part, head, sequence = tl.program_id(0), tl.program_id(1) // TILES, tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + sequence)
     first = _first_key(length, window, chunk)
     size = _part_size(length - first, PART_TOKENS, MAX_PARTS)
@@ -164,17 +174,17 @@ def _attend_part(
     end = tl.minimum(begin + size, length)
     if begin >= length:
         return
-    rows, columns, places = tl.arange(0, GROUP_PAD), tl.arange(0, SIZE_PAD), tl.arange(0, VALUE_PAD)
+    rows = tl.program_id(1) % TILES * HEADS + tl.arange(0, HEADS)
+    columns, others, places = tl.arange(0, SIZE_PAD), tl.arange(0, REST_PAD), tl.arange(0, VALUE_PAD)
     heads = head * GROUP + rows
     real = rows < GROUP
-    asked = tl.load(
-        query + sequence * query_stride + heads[:, None] * query_head_stride + columns[None, :],
-        mask=real[:, None] & (columns < SIZE)[None, :],
-        other=0.0,
-    )
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    made = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
+    start = query + sequence * query_stride + heads[:, None] * query_head_stride
+    asked = tl.load(start + columns[None, :], mask=real[:, None] & (columns < SIZE)[None, :], other=0.0)
+    if REST > 0:
+        asked_rest = tl.load(start + SIZE + others[None, :], mask=real[:, None] & (others < REST)[None, :], other=0.0)
+    best = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    made = tl.zeros([HEADS, VALUE_PAD], tl.float32)
     if HAS_SINKS:
         if part == 0:  # a sink is a score without a value
             best = tl.load(sinks + heads, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -184,10 +194,13 @@ def _attend_part(
         there = tokens < end
         block = tl.load(table + sequence * table_stride + tokens // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
         row = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * NUM_KEYS + head
-        key = tl.load(
-            keys + row[None, :] * SIZE + columns[:, None], mask=there[None, :] & (columns < SIZE)[:, None], other=0.0
-        )
-        scores = tl.dot(asked, key) * scale
+        place = keys + row[None, :] * (SIZE + REST)
+        key = tl.load(place + columns[:, None], mask=there[None, :] & (columns < SIZE)[:, None], other=0.0)
+        scores = tl.dot(asked, key)
+        if REST > 0:
+            rest = tl.load(place + SIZE + others[:, None], mask=there[None, :] & (others < REST)[:, None], other=0.0)
+            scores = tl.dot(asked_rest, rest, scores)
+        scores *= scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(there[None, :], scores * 1.4426950408889634, float("-inf"))
@@ -195,11 +208,14 @@ def _attend_part(
         weight = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(best - higher)
         total = total * shrink + tl.sum(weight, 1)
-        value = tl.load(
-            values + row[:, None] * VALUE_SIZE + places[None, :],
-            mask=there[:, None] & (places < VALUE_SIZE)[None, :],
-            other=0.0,
-        )
+        if LATENT:
+            value = tl.trans(key)
+        else:
+            value = tl.load(
+                values + row[:, None] * VALUE_SIZE + places[None, :],
+                mask=there[:, None] & (places < VALUE_SIZE)[None, :],
+                other=0.0,
+            )
         made = made * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         best = higher
     made = made / total[:, None]

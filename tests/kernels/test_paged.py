@@ -36,6 +36,7 @@ class Case:
         *,
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
+        latent: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         counts = [-(-length // block_tokens) for length in lengths]
@@ -50,6 +51,8 @@ class Case:
         self.query = torch.randn(heads[0], len(lengths), sizes[0], generator=generator).to(dtype).transpose(0, 1)
         self.keys = torch.randn(*shape, sizes[0], generator=generator).to(dtype)
         self.values = torch.randn(*shape, sizes[1], generator=generator).to(dtype)
+        if latent:
+            self.values = self.keys[..., : sizes[1]]
 
     def wanted(self, rule: Rule) -> Tensor:
         made = []
@@ -59,12 +62,18 @@ class Case:
             made.append(naive(self.query[row, :, None].float(), keys, values, Span(0, length - 1, 1), rule)[0])
         return torch.stack(made)
 
+    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        keys = self.keys.to(device)
+        shared = self.values.data_ptr() == self.keys.data_ptr()
+        values = keys[..., : self.values.shape[-1]] if shared else self.values.to(device)
+        return self.query.to(device), keys, values
+
     def run(self, function, rule: Rule, *, device: str = "cpu", workspace_nbytes: int = 1 << 28) -> Tensor:
         rule = rule if rule.sinks is None else replace(rule, sinks=rule.sinks.to(device, self.query.dtype))
         out = torch.empty(*self.query.shape[:2], self.values.shape[-1], device=device, dtype=self.query.dtype)
-        tensors = [one.to(device) for one in (self.query, self.keys, self.values, self.table, self.lengths)]
+        table, lengths = self.table.to(device), self.lengths.to(device)
         options = {"rule": rule, "max_length": max(self.lengths.tolist()), "workspace_nbytes": workspace_nbytes}
-        function(*tensors, **options, out=out)
+        function(*self.tensors(device), table, lengths, **options, out=out)
         return out.float().cpu()
 
 
@@ -100,14 +109,16 @@ on_cuda = pytest.mark.skipif(
         ([70, 9, 600], (6, 2), (128, 128), 16),
         ([70, 9, 600], (6, 2), (256, 256), 16),
         ([40_000, 3], (6, 2), (64, 64), 16),
+        ([1, 70, 1100], (6, 1), (576, 512), 16),
+        ([33, 600], (6, 1), (320, 256), 16),
     ],
 )
 @pytest.mark.parametrize("name", RULES)
 def test_the_kernel_is_the_reference(name, lengths, heads, sizes, block_tokens, dtype) -> None:
     """Odd heads, sizes and lengths, without waiting for the device, and with a workspace that holds one sequence."""
-    case = Case(lengths, heads, sizes, block_tokens=block_tokens, dtype=dtype)
+    case = Case(lengths, heads, sizes, block_tokens=block_tokens, dtype=dtype, latent=sizes[0] > 256)
     rule = Rule(0.3, **RULES[name])
-    tensors = [one.cuda() for one in (case.query, case.keys, case.values)]
+    tensors = case.tensors("cuda")
     kernel = find_paged(*tensors, rule)
     assert kernel is not None
     wanted = case.wanted(rule)
@@ -126,10 +137,21 @@ def test_the_kernel_is_the_reference(name, lengths, heads, sizes, block_tokens, 
 
 
 @on_cuda
+@pytest.mark.parametrize("name", ["plain", "softcap"])
+def test_more_heads_than_a_program_takes(name: str) -> None:
+    """Latent attention with the heads of DeepSeek-V3, and one key head for 71."""
+    for heads, sizes in (((128, 1), (576, 512)), ((71, 1), (64, 64))):
+        case = Case([5, 700], heads, sizes, dtype=torch.bfloat16, latent=sizes[0] > 256)
+        rule = Rule(0.1, **RULES[name])
+        kernel = find_paged(*case.tensors("cuda"), rule)
+        torch.testing.assert_close(case.run(kernel, rule, device="cuda"), case.wanted(rule), atol=2e-2, rtol=2e-2)
+
+
+@on_cuda
 def test_a_sequence_gets_the_same_whatever_its_neighbours_are() -> None:
     """How it is cut into parts depends on its own length alone."""
     case = Case([700, 20_000, 5, 512], (6, 2), (64, 64), dtype=torch.bfloat16)
-    kernel = find_paged(case.query.cuda(), case.keys.cuda(), case.values.cuda(), Rule(0.3))
+    kernel = find_paged(*case.tensors("cuda"), Rule(0.3))
     together = case.run(kernel, Rule(0.3), device="cuda")
     query, table, lengths = case.query, case.table, case.lengths
     for row in range(4):
@@ -140,7 +162,8 @@ def test_a_sequence_gets_the_same_whatever_its_neighbours_are() -> None:
 @on_cuda
 def test_scores_of_another_kind_are_left_to_other_code() -> None:
     case = Case([5], (4, 2), (64, 64), dtype=torch.bfloat16)
-    query, keys, values = case.query.cuda(), case.keys.cuda(), case.values.cuda()
+    query, keys, values = case.tensors("cuda")
     assert find_paged(query, keys, values, Rule(1.0, bias=lambda positions: positions)) is None
-    assert find_paged(query, keys, keys[..., :32], Rule(1.0)) is None, "values that are a part of the keys"
+    assert find_paged(query, keys, values[..., :32], Rule(1.0)) is None, "values with gaps"
+    assert find_paged(query, keys, keys[..., :32], Rule(1.0)) is not None, "values that are a part of the keys"
     assert find_paged(query.float(), keys.float(), values.float(), Rule(1.0)) is None
