@@ -60,7 +60,9 @@ def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Paged
 
     Where it returns None, other code attends sequence by sequence.
     """
-    if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16} or rule.bias is not None:
+    if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16} or query.stride(-1) != 1:
+        return None
+    if rule.bias is not None:
         return None
     latent = keys.data_ptr() == values.data_ptr()
     largest = MAX_LATENT_SIZE if latent else MAX_HEAD_SIZE

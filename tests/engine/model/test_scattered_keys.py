@@ -9,6 +9,9 @@ from families import FAMILIES
 from tiny_models import PROMPTS, Stream, make_config, reference, save_checkpoint, worst_error
 
 from penstock.engine.batch import MicroBatch
+from penstock.engine.model import attention
+from penstock.kernels.attention import Rule, attend
+from penstock.kernels.paged import attend_paged
 from penstock.offload.blocks import KVCost
 from penstock.offload.kv import KVStore
 
@@ -33,10 +36,44 @@ def test_scattered_blocks_do_not_change_the_logits(
 ) -> None:
     """With 16 scores at once, keys are copied together head by head too."""
     monkeypatch.setattr(MicroBatch.__init__, "__defaults__", (max_scores,))
-    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
-    stream = Stream.open(tmp_path, device=device)
+    check(name, tmp_path, device)
+
+
+def check(name: str, path: Path, device: str) -> None:
+    """Compare a family's logits, over mixed passes on scattered blocks, with those of transformers."""
+    save_checkpoint(make_config(FAMILIES[name], name), path)
+    stream = Stream.open(path, device=device)
     stream.kv.acquire(0, num_tokens=12)
     stream.run([[(0, 0, len(PROMPTS[0]))]])
     stream.kv = scattered_store(stream.kv.measure().token_nbytes, device)
-    assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4
+    assert worst_error(stream, reference(path, device=device)) <= 1e-4
     assert stream.kv.statistics().num_free_blocks == 40
+
+
+def together(query, rows, lengths, *, scale, window, copy_nbytes, out):
+    """What torch's kernel for ragged batches does, sequence by sequence."""
+    begin = 0
+    for length, (keys, values) in zip(lengths, rows, strict=True):
+        end = begin + length
+        part = query[begin:end].transpose(0, 1)
+        attend(part, keys, values, Rule(scale, window=window), max_scores=copy_nbytes, out=out[begin:end])
+        begin = end
+    assert begin == len(query) == len(out)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3"])
+def test_single_tokens_and_prompts_of_one_micro_batch_take_different_kernels(
+    name: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of a GPU are stood in for by their references: what each gets, and where its result goes."""
+    singles = []
+
+    def paged(query, *tensors, **options):
+        singles.append(len(query))
+        attend_paged(query, *tensors, **options)
+
+    monkeypatch.setattr(attention, "find_paged", lambda *_: paged)
+    monkeypatch.setattr(attention, "attend_together", together)
+    monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
+    check(name, tmp_path, device)
+    assert {1, 2, 3} <= set(singles)
