@@ -70,13 +70,14 @@ class Singles:
 class Places:
     """Where the T tokens of a micro-batch go, and where all tokens of its N sequences are; the same in every layer.
 
-    `slots` [T] int64 numbers tokens of the pool; `table` [N, width] int32 names each sequence's blocks in order,
-    `lengths` [N] int32 its tokens, new ones included. They are on the store's device. `offsets` are the N + 1 borders
-    of the sequences in the micro-batch, `ends` the lengths again, as plain numbers, and `firsts` the slot of a
-    sequence's first token where its blocks are one run, else None.
+    `slots` [T] int64 numbers tokens of the pool, `positions` [T] int64 those of the sequences; `table` [N, width] int32
+    names each sequence's blocks in order, `lengths` [N] int32 its tokens, new ones included. They are on the store's
+    device. `offsets` are the N + 1 borders of the sequences in the micro-batch, `ends` the lengths again, as plain
+    numbers, and `firsts` the slot of a sequence's first token where its blocks are one run, else None.
     """
 
     slots: Tensor
+    positions: Tensor
     table: Tensor
     lengths: Tensor
     offsets: tuple[int, ...]
@@ -223,7 +224,7 @@ class KVStore:
             entry.filled = end
         size = self._cost.block_tokens
         used = [-(-end // size) for end in ends]
-        table = np.zeros((len(spans), -(-max(used) // 16) * 16), np.int32)  # widths differ little: fewer kernels
+        table = np.zeros((len(spans), max(used)), np.int32)
         for row, entry, count in zip(table, entries, used, strict=True):
             row[:count] = entry.blocks[:count]
         lengths = np.subtract(ends, starts)
@@ -231,7 +232,7 @@ class KVStore:
         positions = np.arange(offsets[-1]) - np.repeat(np.subtract(offsets[:-1], starts), lengths)
         owners = np.repeat(np.arange(len(spans)), lengths)
         slots = table[owners, positions // size].astype(np.int64) * size + positions % size
-        there = _upload(slots, table, np.array(ends, np.int32), self._device)
+        there = _upload(np.stack((slots, positions)), table, np.array(ends, np.int32), self._device)
         count = next((place for place, length in enumerate(lengths) if length > 1), len(spans))
         return Places(
             *there,
@@ -241,7 +242,7 @@ class KVStore:
                 int(entry.blocks[0]) * size if count <= entry.run else None
                 for entry, count in zip(entries, used, strict=True)
             ),
-            singles=Singles(count, there[1][:count], there[2][:count], max(ends[:count], default=0)),
+            singles=Singles(count, there[2][:count], there[3][:count], max(ends[:count], default=0)),
         )
 
     def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
@@ -339,14 +340,15 @@ def _leading_run(blocks: NDArray[np.int32]) -> int:
 
 
 def _upload(
-    slots: NDArray[np.int64], table: NDArray[np.int32], lengths: NDArray[np.int32], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the three on the device with one copy, which nobody waits for."""
-    words = 2 * slots.size
+    tokens: NDArray[np.int64], table: NDArray[np.int32], lengths: NDArray[np.int32], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Put both rows of `tokens`, and the others, on the device with one copy, which nobody waits for."""
+    words = 2 * tokens.size
     staging = torch.empty(words + table.size + lengths.size, dtype=torch.int32, pin_memory=device.type == "cuda")
     host = staging.numpy()
-    host[:words].view(np.int64)[:] = slots
+    host[:words].view(np.int64)[:] = tokens.ravel()
     host[words : words + table.size] = table.ravel()
     host[words + table.size :] = lengths
     there = staging.to(device, non_blocking=True)
-    return there[:words].view(torch.int64), there[words : words + table.size].view(table.shape), there[-len(lengths) :]
+    slots, positions = there[:words].view(torch.int64).view(2, -1)
+    return slots, positions, there[words : words + table.size].view(table.shape), there[words + table.size :]

@@ -84,6 +84,8 @@ def test_the_store_keeps_what_was_stored(data, num_blocks, size):
 
 def check_append(store, spans, known, seed):
     places, stored = append(store, spans, seed)
+    assert places.positions.tolist() == [place for span in spans for place in range(span.start, span.end)]
+    assert places.lengths.tolist() == [span.end for span in spans] == list(places.ends)
     for layer, (new, kept) in stored.items():
         for index, span in enumerate(spans):
             begin, end = places.offsets[index : index + 2]

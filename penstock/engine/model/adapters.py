@@ -186,8 +186,7 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
 
 def _tempered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     """Scale queries by their positions; transformers takes the tokens' place in the batch for their position."""
-    spans = CURRENT.get().spans
-    positions = torch.cat([torch.arange(span.start, span.end, device=query.device) for span in spans])
+    positions = CURRENT.get().places.positions
     scales = torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
     query = (query * scales.view(1, 1, -1, 1)).to(query.dtype)
     return attend_spans(module, query, key, value, rule_of(module, query, **arguments))
