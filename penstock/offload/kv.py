@@ -162,7 +162,7 @@ class KVStore:
 
     def prepare(self, lengths: Sequence[int]) -> None:
         """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so."""
-        if self._limit is None or not lengths or self._sequences:
+        if self._limit is None or not lengths or self._sequences or self._closed:
             return
         wanted = self._cost.divide(self._limit, lengths)
         there = self._allocator.num_blocks

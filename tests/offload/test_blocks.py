@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.offload.blocks import BlockAllocator, KVCost
@@ -13,6 +13,7 @@ def free(allocator):
     return [block for start, end in allocator.free_runs() for block in range(start, end)]
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 40))
 def test_every_block_is_free_or_has_one_owner(data, num_blocks):
     allocator = BlockAllocator(num_blocks)
@@ -64,6 +65,7 @@ def test_a_block_given_back_twice_is_noticed(twice):
         allocator.release(twice)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 50),
     st.integers(0, 200),

@@ -199,5 +199,7 @@ def test_a_closed_store_lets_sequences_go_and_takes_none():
     store.close()
     store.close()
     store.release(0)
+    store.prepare([32])
+    assert store._pool is None
     with pytest.raises(ClosedError):
         store.acquire(1, num_tokens=6)
