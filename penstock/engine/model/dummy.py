@@ -1,0 +1,94 @@
+"""A checkpoint of made-up weights for any config: real bytes on a real disk, a few layers' worth of them.
+
+The tensors have the names and shapes that the family's checkpoints have, and go through the same mapping, reads and
+conversions. Only a few layers of each kind are distinct; the other layers' tensors are entries that point to the same
+bytes. So every pass moves all the bytes of the model, while disk and host RAM hold a fraction of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from penstock.engine.model.build import load_config, outline
+from penstock.engine.model.conversion import parameter_dtypes, stored_tensors
+from penstock.errors import ConfigError
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.dummy import DummyTensor, dummy_file
+from penstock.io.files import TensorEntry
+from penstock.offload.buffers import dtype_name
+
+__all__ = ["dummy_checkpoint"]
+
+_Unit = tuple[DummyTensor, ...]
+
+
+@contextmanager
+def dummy_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    scratch: str | os.PathLike[str],
+    distinct: int = 2,
+    dtype: str = "auto",
+    on_write: Callable[[int, int], None] | None = None,
+) -> Iterator[Checkpoint]:
+    """Make up weights for the config in the directory `model`; yield them as a checkpoint, and remove them in any case.
+
+    `distinct` layers of each kind have bytes of their own. They lie in a file without a name in the directory
+    `scratch`. Raises ConfigError, ModelError for a config that cannot be used, TargetError and NoSpaceError for a
+    directory that cannot take the file.
+    """
+    if distinct < 1:
+        raise ConfigError("the number of distinct layers is out of range", wanted="at least 1", got=distinct)
+    resident, layers = _units(Path(model), dtype)
+    donors = _donors(layers, distinct)
+    written = [tensor for unit in (resident, *(layers[index] for index in sorted(set(donors)))) for tensor in unit]
+    with dummy_file(Path(scratch), written, on_write=on_write) as header:
+        tensors = {tensor.name: header.tensors[tensor.name] for tensor in resident}
+        for layer, donor in zip(layers, donors, strict=True):
+            for own, other in zip(layer, layers[donor], strict=True):
+                tensors[own.name] = _alias(own.name, header.tensors[other.name])
+        nbytes = sum(entry.nbytes for entry in tensors.values())
+        yield Checkpoint(Path(model), tensors, (header.file,), nbytes, shares_bytes=len(set(donors)) < len(layers))
+
+
+def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
+    """Return the tensors of the resident unit and of each layer, as the family's checkpoints store them."""
+    made = outline(load_config(model), model, dtype=dtype, tensors={})
+    dtypes = parameter_dtypes(made.module, made.dtype)
+    units: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in made.module.state_dict().items():
+        if made.needed(name) and name not in made.module.all_tied_weights_keys:
+            inner = name.removeprefix(f"{made.layers_name}.")
+            index = int(inner.split(".")[0]) if inner != name else -1
+            units[index][name] = tensor.to("meta", dtypes[name])
+    stored = {index: _unit(made.module, unit) for index, unit in units.items()}
+    return stored.get(-1, ()), [stored[index] for index in range(len(made.layers))]
+
+
+def _unit(module: Any, parameters: dict[str, Tensor]) -> _Unit:
+    return tuple(
+        DummyTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in stored_tensors(module, parameters).items()
+    )
+
+
+def _donors(layers: list[_Unit], distinct: int) -> list[int]:
+    """Return, for each layer, the layer whose bytes it has: layers of a kind take turns with the first of it."""
+    kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = defaultdict(list)
+    donors = []
+    for index, layer in enumerate(layers):
+        alike = kinds[tuple((tensor.dtype, tensor.shape) for tensor in layer)]
+        alike.append(index)
+        donors.append(alike[(len(alike) - 1) % distinct])
+    return donors
+
+
+def _alias(name: str, entry: TensorEntry) -> TensorEntry:
+    return TensorEntry(name, entry.file, entry.offset, entry.nbytes, entry.dtype, entry.shape)
