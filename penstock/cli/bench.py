@@ -15,7 +15,8 @@ from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
 
 if TYPE_CHECKING:
-    from penstock.engine.bench import BenchReport
+    from penstock.engine.bench import BenchReport, Workload
+    from penstock.engine.report import Progress
     from penstock.io.checkpoint import Checkpoint
 
 __all__ = ["SHAPES", "add_to"]
@@ -42,13 +43,13 @@ def add_to(commands: Any) -> None:
     weights.add_argument(
         "--distinct-layers",
         type=int,
-        default=2,
         metavar="K",
-        help="dummy layers of each kind with bytes of their own; the others are aliases (default: %(default)s)",
+        help="dummy layers of each kind with bytes of their own; the others are aliases (default: 2)",
     )
     weights.add_argument(
         "--scratch", default=".", metavar="DIR", help="where dummy weights lie, without a name (default: %(default)s)"
     )
+    weights.add_argument("--layers", type=int, metavar="N", help="dummy layers in all (default: the config's)")
     work = parser.add_argument_group("workload")
     work.add_argument("--prompt-len", type=int, default=512, metavar="N", help="default: %(default)s")
     work.add_argument("--gen-len", type=int, default=32, metavar="N", help="default: %(default)s")
@@ -63,10 +64,14 @@ def add_to(commands: Any) -> None:
         "because aliases share their bytes",
     )
     memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
-    memory.add_argument("--device-layers", type=int, metavar="N", help="layers to keep on the device (default: planned)")
+    memory.add_argument(
+        "--device-layers", type=int, metavar="N", help="layers to keep on the device (default: planned)"
+    )
     memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     memory.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    memory.add_argument("--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call")
+    memory.add_argument(
+        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
+    )
     memory.add_argument("--pass-tokens", type=int, metavar="N", help="tokens that go through all layers in one pass")
     memory.add_argument(
         "--io-backend", default="auto", choices=("auto", "libaio", "threads", "aiofiles"), help="how the disk is read"
@@ -80,10 +85,15 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     if (options.model is None) == (options.shape is None):
         raise ConfigError("bench needs a model or a shape", fix="Give either a MODEL directory or --shape NAME.")
+    if options.model is not None and not options.dummy and (options.layers or options.distinct_layers):
+        raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
     check_output(options.trace)
+    from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
+
+    workload = Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
     progress = ProgressLine()
     with _checkpoint(options, progress) as checkpoint:
-        report = _measure(options, checkpoint, progress)
+        report = _measure(options, workload, checkpoint, progress)
     progress.clear()
     if not options.json:
         print(report.explain())
@@ -99,30 +109,29 @@ def _checkpoint(options: argparse.Namespace, progress: ProgressLine) -> Iterator
     if options.shape is None and not options.dummy:
         yield Checkpoint.open(options.model)
         return
-    from penstock.engine.model.dummy import dummy_checkpoint  # noqa: PLC0415 - torch; --help must not
+    from penstock.engine.model.dummy import dummy_checkpoint  # noqa: PLC0415
 
     with dummy_checkpoint(
-        _model(options),
+        options.model if options.shape is None else SHAPES / options.shape,
         scratch=options.scratch,
-        distinct=options.distinct_layers,
+        distinct=2 if options.distinct_layers is None else options.distinct_layers,
+        num_layers=options.layers,
         dtype=options.dtype,
         on_write=lambda done, total: progress.show(f"writing {format_size(done)} of {format_size(total)}"),
     ) as checkpoint:
         yield checkpoint
 
 
-def _model(options: argparse.Namespace) -> Path:
-    return Path(options.model) if options.shape is None else SHAPES / options.shape
+def _measure(
+    options: argparse.Namespace, workload: Workload, checkpoint: Checkpoint, progress: ProgressLine
+) -> BenchReport:
+    from penstock.engine import bench  # noqa: PLC0415
+    from penstock.engine import llm as engine  # noqa: PLC0415
 
-
-def _measure(options: argparse.Namespace, checkpoint: Checkpoint, progress: ProgressLine) -> BenchReport:
-    from penstock.engine import bench, llm as engine  # noqa: PLC0415
-
-    workload = bench.Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
     tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
-        checkpoint.files[0],
+        max(checkpoint.files, key=lambda file: file.nbytes),
         device=engine.find_device(options.device),
         io_backend=options.io_backend,
         on_step=lambda step: progress.show(f"measuring {step}"),
@@ -130,7 +139,7 @@ def _measure(options: argparse.Namespace, checkpoint: Checkpoint, progress: Prog
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
     settings["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
     with engine.LLM(
-        _model(options),
+        checkpoint.directory,
         tiers=tiers,
         device=options.device,
         dtype=options.dtype,
@@ -142,9 +151,12 @@ def _measure(options: argparse.Namespace, checkpoint: Checkpoint, progress: Prog
         checkpoint=checkpoint,
         trace=trace,
     ) as llm:
-        report = bench.run_bench(llm, workload, peaks, settings=settings, on_pass=lambda state: progress.show(
-            f"pass of {state.schedule.num_tokens} tokens, {state.generated_tokens} of {state.expected_tokens} generated"
-        ))
+
+        def show(state: Progress) -> None:
+            done = f"{state.generated_tokens} of {state.expected_tokens} tokens"
+            progress.show(f"a pass of {state.schedule.num_tokens} tokens has ended, {done} so far")
+
+        report = bench.run_bench(llm, workload, peaks, settings=settings, on_pass=show)
         if trace:
             trace.write(options.trace)
     return report

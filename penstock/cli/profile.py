@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import penstock
 from penstock.cli.output import ProgressLine, check_output
-from penstock.errors import ConfigError, OutputError, PenstockError
+from penstock.errors import ConfigError, PenstockError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size, parse_size
 

@@ -2,8 +2,8 @@
 
 Counted are matrix products, a multiplication and an addition each: 2 for every weight of a matrix that a token meets,
 2 × (query dim + value dim) per head for every pair of a token and one that it sees. Experts count with the share that a
-token is sent to. Not counted: embedding look-ups, norms, activations, the softmax. So it is what the architecture needs;
-code that does more, such as masked scores, is not credited for it.
+token is sent to. Not counted: embedding look-ups, norms, activations, the softmax. So it is what the architecture
+needs; code that does more, such as masked scores, is not credited for it.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def count_flops(model: StreamedModel) -> ModelFlops | None:
             per_token += 2 * math.prod(shape) * share
     return ModelFlops(
         parameters=sum(
-            math.prod(view.shape)
-            for layout in (model.resident, *model.layer_layouts)
-            for view in layout.parameters
+            math.prod(view.shape) for layout in (model.resident, *model.layer_layouts) for view in layout.parameters
         ),
         per_token=int(per_token),
         per_row=2 * model.vocab_size * config.hidden_size,

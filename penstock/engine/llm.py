@@ -394,7 +394,7 @@ def _check_rehearsal_fits(model: StreamedModel, device: torch.device) -> None:
 
 
 def _limits(device: torch.device, *asked: int | None) -> PassLimits:
-    """Return the device's limits with what the caller asked for: tokens per micro-batch and pass, layers on the device."""
+    """Return the device's limits, with tokens per micro-batch and pass and layers on the device that were asked for."""
     names = ("micro_batch_tokens", "pass_tokens", "device_layers")
     wanted = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
     for name, value in wanted.items():

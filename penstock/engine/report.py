@@ -18,7 +18,7 @@ class Traffic:
     """Bytes and seconds of the links during a run.
 
     `disk_busy_seconds` is the time with at least one read under way. Computing waited `disk_stall_seconds` for layers
-    from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through the layers.
+    from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all.
     """
 
     disk_bytes: int

@@ -31,7 +31,7 @@ logger = logging.getLogger("penstock.io")
 class Checkpoint:
     """Every tensor of a checkpoint. `files` are its shards by name; `nbytes` is the tensors' bytes, without headers.
 
-    `shares_bytes` says that tensors may lie on the same bytes, as in a dummy checkpoint, which takes less than `nbytes`.
+    `shares_bytes` says that tensors may lie on the same bytes: a dummy checkpoint takes less than `nbytes`.
     """
 
     directory: Path

@@ -6,17 +6,18 @@ import contextlib
 import json
 import math
 import mmap
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penstock.io.files import DTYPE_BITS
 from penstock.io.header import MAX_HEADER_BYTES, Header, read_header
-from penstock.io.scratch import Sink, nameless_file
+from penstock.io.scratch import Sink, check_directory, nameless_file
 
 __all__ = ["DummyTensor", "dummy_file"]
 
@@ -49,11 +50,12 @@ def dummy_file(
     """Write a safetensors file without a name, yield its header as any checkpoint's is read, and remove it in any case.
 
     Matrices get normal numbers of variance 1 / fan-in, so that activations stay in range; biases are zero and other
-    vectors, which are norms, one. `on_write` is called with (bytes done, bytes in all). Raises TargetError when the
-    directory cannot be written, and NoSpaceError when the disk is full.
+    vectors, which are norms, one. `on_write` is called with (bytes done, bytes in all). Raises TargetError for a
+    directory that cannot be written or lies in memory, and NoSpaceError for a disk without the space.
     """
     text = _header(tensors)
     total = len(text) + sum(tensor.nbytes for tensor in tensors)
+    check_directory(directory, total)
     numbers = _Numbers(seed)
 
     def fill(sink: Sink) -> None:
@@ -111,15 +113,16 @@ class _Numbers:
         return self._scaled[key, scale]
 
 
-def _encoded(values: np.ndarray, dtype: str) -> memoryview:
+def _encoded(values: NDArray[np.float32], dtype: str) -> memoryview:
     """Return float32 values as the bytes of a dtype; of one that is no float, zeros."""
+    coded: NDArray[Any]
     if dtype == "BF16":
         coded = ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
     elif dtype in ("F16", "F32"):
         coded = values.astype(np.float16 if dtype == "F16" else np.float32)
     else:
         coded = np.zeros(len(values) * DTYPE_BITS[dtype] // 8, np.uint8)
-    return memoryview(coded).cast("B")
+    return coded.view(np.uint8).data
 
 
 class _Pieces:
@@ -135,7 +138,7 @@ class _Pieces:
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         view = memoryview(data)
-        while len(view):
+        while view:
             count = min(len(view), _PIECE - self._used)
             self._memory[self._used : self._used + count] = view[:count]
             self._used += count

@@ -33,6 +33,7 @@ __all__ = [
     "MIN_BYTES",
     "Sink",
     "Target",
+    "check_directory",
     "choose_target",
     "nameless_file",
     "scratch_file",
@@ -126,6 +127,26 @@ def _readable(path: Path) -> SourceFile:
     return file
 
 
+def check_directory(directory: Path, nbytes: int, *, root: Path = _FILESYSTEM_ROOT) -> None:
+    """Check that a file of `nbytes` can be written there and read from a disk.
+
+    Raises TargetError for what is no directory or lies in memory, NoSpaceError when there is too little space.
+    """
+    if not directory.is_dir():
+        raise TargetError("is not a directory", file=directory, fix="Name a directory on the disk.")
+    _refuse_memory(directory, directory.stat().st_dev, root)
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    if nbytes > free:
+        raise NoSpaceError(
+            "there is no space for the file",
+            file=directory,
+            wanted=f"{nbytes} bytes",
+            got=f"{free} bytes free",
+            fix="Free some space, ask for less, or name a directory on another disk.",
+        )
+
+
 def scratch_nbytes(directory: Path, *, size: int | None, max_write: int) -> int:
     """Return how many bytes to write there: `size`, or 4 GiB and at most 10 % of what is free; never over `max_write`.
 
@@ -185,7 +206,7 @@ def scratch_file(
 
 @contextlib.contextmanager
 def nameless_file(directory: Path, nbytes: int, fill: Callable[[Sink], None]) -> Iterator[SourceFile]:
-    """Let `fill` write a file of about `nbytes` that is on the disk when this yields, and gone when it ends, in any way.
+    """Let `fill` write a file of about `nbytes` that is on the disk when this yields, and gone when it ends, anyhow.
 
     The file's path leads through /proc/self/fd and is of use to this process and, as /proc/<pid>/fd, to its children
     while the context lives. Raises TargetError when the directory cannot be written, and NoSpaceError when the disk is

@@ -106,7 +106,7 @@ def measure_peaks(
     seconds: float = 1.0,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Peaks:
-    """Measure what a run on `device` that reads `file` is compared with; about 6 × `seconds`. All memory is given back."""
+    """Measure what a run on `device` that reads `file` is compared with; takes about 6 × `seconds`, keeps no memory."""
     on_cuda = device.type == "cuda"
     links = measure_links(deadline=Deadline(4 * seconds), on_step=on_step, cuda=on_cuda)
     if on_cuda:

@@ -52,7 +52,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class PassLimits:
-    """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch, tokens per pass, layers on the device.
+    """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch and per pass, layers on the device.
 
     With `device_layers`, layers are kept on the device up to that number, whatever it leaves for keys and values; None
     weighs the two.
@@ -202,7 +202,7 @@ def _minimum_kv(shape: ModelShape) -> int:
 
 
 def _spread(sizes: Sequence[int], budget: int, candidates: Sequence[int], most: int) -> frozenset[int]:
-    """Choose up to `most` of `candidates`, as many as fit `budget`, evenly spread: streamed layers need time to arrive."""
+    """Choose as many of `candidates`, up to `most`, as fit `budget`, evenly spread: streamed layers need their time."""
     for count in range(min(most, len(candidates)), 0, -1):
         chosen = [candidates[(2 * k + 1) * len(candidates) // (2 * count)] for k in range(count)]
         if sum(sizes[index] for index in chosen) <= budget:

@@ -185,9 +185,7 @@ class WeightStream:
         into_host = Copies(self._trace)
         for index in self._filled:
             origin, name = self._layouts[index].wire_offset, f"layer {index}"
-            fetches.append(
-                Fetch(self._chunks[index], self._rest[index], origin, into_host, name=name, lane=INTO_HOST)
-            )
+            fetches.append(Fetch(self._chunks[index], self._rest[index], origin, into_host, name=name, lane=INTO_HOST))
         for fetch in fetches:
             self._lane.start(fetch)
         total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)

@@ -59,7 +59,7 @@ class _Span:
 
 
 class Trace:
-    """Collects spans from any thread, about 300 bytes of memory each, until `write`. Spans of a lane nest, or are apart."""
+    """Collects spans from any thread, a few hundred bytes of memory each. Spans of a lane do not overlap."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()

@@ -45,7 +45,7 @@ from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES, view_of
 from penstock.offload.layout import Layout
 
-__all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline"]
+__all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline", "read_json"]
 
 _LARGE_ELEMENTS = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,8 +164,8 @@ def load_model(
     """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
 
     `dtype` is "auto" (the checkpoint's), or the one to compute in. A `checkpoint` that is given stands for the
-    directory's own weights. Raises ModelError where the model cannot be run so, and CheckpointError where the checkpoint
-    does not make the model.
+    directory's own weights. Raises ModelError where the model cannot be run so, and CheckpointError where the
+    checkpoint does not make the model.
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
@@ -206,7 +206,7 @@ def load_model(
 def load_config(directory: Path) -> Any:
     """Read config.json with transformers' own classes, after the checks that make this safe and local."""
     file = directory / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise UnknownArchitectureError("not a model's config", file=file, wanted="a model_type", got=repr(kind))
@@ -238,7 +238,8 @@ def load_config(directory: Path) -> Any:
     return config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises MissingFileError and ModelError."""
     try:
         raw = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:

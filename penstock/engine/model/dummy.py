@@ -7,18 +7,21 @@ bytes. So every pass moves all the bytes of the model, while disk and host RAM h
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
-from penstock.engine.model.build import load_config, outline
+from penstock.engine.model.build import load_config, outline, read_json
 from penstock.engine.model.conversion import parameter_dtypes, stored_tensors
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, ModelError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.dummy import DummyTensor, dummy_file
 from penstock.io.files import TensorEntry
@@ -35,17 +38,26 @@ def dummy_checkpoint(
     *,
     scratch: str | os.PathLike[str],
     distinct: int = 2,
+    num_layers: int | None = None,
     dtype: str = "auto",
     on_write: Callable[[int, int], None] | None = None,
 ) -> Iterator[Checkpoint]:
     """Make up weights for the config in the directory `model`; yield them as a checkpoint, and remove them in any case.
 
     `distinct` layers of each kind have bytes of their own. They lie in a file without a name in the directory
-    `scratch`. Raises ConfigError, ModelError for a config that cannot be used, TargetError and NoSpaceError for a
-    directory that cannot take the file.
+    `scratch`. With `num_layers` the model has so many layers instead of the config's; the checkpoint's `directory`
+    holds the config that is to be used. Raises ConfigError, ModelError for a config that cannot be used, TargetError
+    and NoSpaceError for a directory that cannot take the file.
     """
-    if distinct < 1:
-        raise ConfigError("the number of distinct layers is out of range", wanted="at least 1", got=distinct)
+    for what, value in (("distinct layers", distinct), ("layers", num_layers)):
+        if value is not None and value < 1:
+            raise ConfigError(f"the number of {what} is out of range", wanted="at least 1", got=value)
+    if num_layers is not None:
+        with TemporaryDirectory(prefix="penstock-") as folder:
+            _change_depth(Path(model), Path(folder), num_layers)
+            with dummy_checkpoint(folder, scratch=scratch, distinct=distinct, dtype=dtype, on_write=on_write) as made:
+                yield made
+        return
     resident, layers = _units(Path(model), dtype)
     donors = _donors(layers, distinct)
     written = [tensor for unit in (resident, *(layers[index] for index in sorted(set(donors)))) for tensor in unit]
@@ -56,6 +68,22 @@ def dummy_checkpoint(
                 tensors[own.name] = _alias(own.name, header.tensors[other.name])
         nbytes = sum(entry.nbytes for entry in tensors.values())
         yield Checkpoint(Path(model), tensors, (header.file,), nbytes, shares_bytes=len(set(donors)) < len(layers))
+
+
+def _change_depth(model: Path, folder: Path, num_layers: int) -> None:
+    """Write the config of `model` with another number of layers into `folder`; lists that go by layer start anew."""
+    config = read_json(model / "config.json")
+    depth = config.get("num_hidden_layers")
+    if not isinstance(depth, int):
+        raise ModelError(
+            "the number of layers cannot be changed", file=model / "config.json", wanted="num_hidden_layers"
+        )
+    config |= {
+        name: list(islice(cycle(value), num_layers))
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) == depth
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": num_layers}))
 
 
 def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
