@@ -20,7 +20,7 @@ from penstock.io.atomic import write_whole
 __all__ = ["COMPUTE", "DISK", "FROM_STAGING", "INTO_HOST", "STALLS", "TO_DEVICE", "TO_HOST", "Trace"]
 
 DISK = "disk"
-INTO_HOST = "disk → host RAM"
+INTO_HOST = "staged from disk → host RAM"
 FROM_STAGING = "host → device, staged from disk"
 TO_DEVICE = "host → device"
 TO_HOST = "device → host"

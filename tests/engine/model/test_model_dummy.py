@@ -45,7 +45,9 @@ def test_every_shape_is_checked():
     assert sorted(PARAMETERS) == sorted(os.listdir(SHAPES))
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["llama", "opt", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"]
+)
 def test_names_dtypes_and_shapes_are_those_that_transformers_saves(tmp_path, name):
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     saved = Checkpoint.open(tmp_path).tensors
@@ -90,5 +92,8 @@ def test_what_cannot_be_made_is_refused(tmp_path):
         with pytest.raises(error), dummy_checkpoint(SHAPES / "tiny", **settings):
             pass
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="number of layers"), dummy_checkpoint(tmp_path, scratch=tmp_path, num_layers=3):
+    with (
+        pytest.raises(ModelError, match="number of layers"),
+        dummy_checkpoint(tmp_path, scratch=tmp_path, num_layers=3),
+    ):
         pass
