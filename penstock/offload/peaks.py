@@ -23,6 +23,10 @@ __all__ = ["DiskPeak", "Peaks", "measure_peaks"]
 _CELLS = ((1 << 20, 32), (1 << 20, 128), (4 << 20, 32))
 """(block bytes, requests in flight); the last two have as much in flight as the weight stream."""
 
+_WINDOW_SECONDS = 0.5
+_LIMIT_SECONDS = 30.0
+"""Never reached by a machine that is well: a few runs of each link, of at most a second each."""
+
 logger = logging.getLogger("penstock.offload")
 
 
@@ -103,15 +107,14 @@ def measure_peaks(
     *,
     device: torch.device,
     io_backend: ReaderName = "auto",
-    seconds: float = 1.0,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Peaks:
-    """Measure what a run on `device` that reads `file` is compared with; takes about 6 × `seconds`, keeps no memory."""
+    """Measure what a run on `device` that reads `file` is compared with, in some seconds; keeps no memory."""
     on_cuda = device.type == "cuda"
-    links = measure_links(deadline=Deadline(4 * seconds), on_step=on_step, cuda=on_cuda)
+    links = measure_links(deadline=Deadline(_LIMIT_SECONDS), on_step=on_step, cuda=on_cuda)
     if on_cuda:
         torch.cuda.empty_cache()
     on_step("disk")
     disk = DiskPeak(file, io_backend=io_backend, pin=on_cuda)
-    disk.measure(seconds / 2)
+    disk.measure(_WINDOW_SECONDS)
     return Peaks(links.device, links.host_to_device if on_cuda else links.host_copy, disk, links.matmul)

@@ -11,9 +11,9 @@ from penstock.errors import BudgetError, ConfigError
 from penstock.offload.peaks import DiskPeak, Peaks
 
 BUDGETS = {
-    "disk": MemoryTiers(device="900KiB", host=0),
-    "mixed": MemoryTiers(device="900KiB", host="300KiB"),
-    "host": MemoryTiers(device="900KiB", host="10MiB"),
+    "disk": MemoryTiers(device="4MiB", host=0),
+    "mixed": MemoryTiers(device="4MiB", host="300KiB"),
+    "host": MemoryTiers(device="4MiB", host="10MiB"),
 }
 
 
@@ -87,7 +87,7 @@ def test_bad_workloads_are_refused(tiny_llama, checkpoint, device):
 
 
 def test_host_memory_may_be_pretended_for_aliases_alone(tiny_llama, checkpoint, device):
-    much = MemoryTiers(device="900KiB", host="100TiB")
+    much = MemoryTiers(device="4MiB", host="100TiB")
     report = bench(tiny_llama, checkpoint, device, much, Workload(4, 2, 1))
     assert len(report.run.plan.layers_in("host")) == 6
     with pytest.raises(BudgetError, match="more than what is free"), LLM(tiny_llama, tiers=much, device=device):
