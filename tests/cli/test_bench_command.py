@@ -56,16 +56,20 @@ def test_a_model_with_its_own_weights(capsys, unknown_peaks, tiny_llama, device)
 
 
 def test_a_terminated_bench_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "penstock", "bench", "--shape", "tiny", "--device", "cpu", "--scratch", "."]
-    command += ["--layers", "300", "--gen-len", "1000", "--trace", "trace.json"]
-    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        while not os.listdir(tmp_path):
+    scratch, temporary = tmp_path / "scratch", tmp_path / "temporary"
+    scratch.mkdir()
+    temporary.mkdir()
+    command = [sys.executable, "-m", "penstock", "bench", "--shape", "tiny", "--device", "cpu", "--scratch", scratch]
+    command += ["--layers", "40", "--gen-len", "1000", "--trace", scratch / "trace.json"]
+    environment = os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        while not list(temporary.glob("penstock-*")):
             assert running.poll() is None
         running.terminate()
         said = running.stderr.read()
         assert running.wait(30) == 128 + 15, said
-    assert os.listdir(tmp_path) == []
+    assert list(temporary.glob("penstock-*")) == []
+    assert os.listdir(scratch) == []
 
 
 @pytest.mark.parametrize(
