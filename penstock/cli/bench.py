@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine, check_output
+from penstock.cli.settings import add_read_options, read_settings
 from penstock.errors import ConfigError
+from penstock.io.interrupts import held_back
 from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
 
@@ -73,9 +75,7 @@ def add_to(commands: Any) -> None:
         "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
     )
     memory.add_argument("--pass-tokens", type=int, metavar="N", help="tokens that go through all layers in one pass")
-    memory.add_argument(
-        "--io-backend", default="auto", choices=("auto", "libaio", "threads", "aiofiles"), help="how the disk is read"
-    )
+    add_read_options(memory)
     results = parser.add_argument_group("results")
     results.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     results.add_argument("--trace", metavar="FILE", help="write what moved and computed when, for ui.perfetto.dev")
@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None and not options.dummy and (options.layers or options.distinct_layers):
         raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
     check_output(options.trace)
-    from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
 
     workload = Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
     progress = ProgressLine()
@@ -129,15 +130,16 @@ def _measure(
     from penstock.engine import llm as engine  # noqa: PLC0415
 
     tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model)
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
         max(checkpoint.files, key=lambda file: file.nbytes),
         device=engine.find_device(options.device),
-        io_backend=options.io_backend,
+        settings=settings,
         on_step=lambda step: progress.show(f"measuring {step}"),
     )
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
-    settings["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
+    asked = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
+    asked["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
     with engine.LLM(
         checkpoint.directory,
         tiers=tiers,
@@ -146,7 +148,7 @@ def _measure(
         micro_batch_tokens=options.micro_batch_tokens,
         pass_tokens=options.pass_tokens,
         device_layers=options.device_layers,
-        io_backend=options.io_backend,
+        io=settings,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         checkpoint=checkpoint,
         trace=trace,
@@ -156,7 +158,7 @@ def _measure(
             done = f"{state.generated_tokens} of {state.expected_tokens} tokens"
             progress.show(f"a pass of {state.schedule.num_tokens} tokens has ended, {done} so far")
 
-        report = bench.run_bench(llm, workload, peaks, settings=settings, on_pass=show)
+        report = bench.run_bench(llm, workload, peaks, settings=asked, on_pass=show)
         if trace:
             trace.write(options.trace)
     return report

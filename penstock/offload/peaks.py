@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from penstock.errors import PenstockError
-from penstock.io.choose import ReaderName, open_reader
+from penstock.io.choose import open_reader
 from penstock.io.files import SourceFile
 from penstock.io.memory import HostMemory
+from penstock.io.settings import ReadSettings
 from penstock.io.statistics import median
 from penstock.io.sweep import Deadline
 from penstock.io.window import Engine, run_window
@@ -21,8 +22,9 @@ from penstock.offload.links import measure_links
 __all__ = ["DiskPeak", "Peaks", "measure_peaks"]
 
 _CELLS = ((1 << 20, 32), (1 << 20, 128), (4 << 20, 32))
-"""(block bytes, requests in flight); the last two have as much in flight as the weight stream."""
+"""(block bytes, requests in flight), to which comes what the run is set to."""
 
+_MAX_THREADS = 32
 _WINDOW_SECONDS = 0.5
 _LIMIT_SECONDS = 30.0
 """Never reached by a machine that is well: a few runs of each link, of at most a second each."""
@@ -37,16 +39,18 @@ class DiskPeak:
     can be looked at before and after. `bytes_per_second` is the median of these.
     """
 
-    def __init__(self, file: SourceFile, *, io_backend: ReaderName = "auto", pin: bool = False) -> None:
+    def __init__(self, file: SourceFile, *, settings: ReadSettings | None = None, pin: bool = False) -> None:
         self._file = file
-        self._backend = io_backend
+        self._settings = settings or ReadSettings()
         self._pin = pin
         self._cell: tuple[int, int] | None = None
         self.rates: list[float] = []
 
     def measure(self, seconds: float = 1.0) -> None:
         """Read for about so many seconds for each window. Logs why, when the file cannot be measured."""
-        cells = [cell for cell in _CELLS if cell[0] <= self._file.nbytes] if self._cell is None else [self._cell]
+        own = self._settings.block_nbytes or 1 << 20
+        ways = {*_CELLS, (own, max(1, self._settings.in_flight_nbytes // own))} if self._cell is None else {self._cell}
+        cells = [(block, depth) for block, depth in sorted(ways) if block <= self._file.nbytes]
         try:
             with HostMemory(max((block * depth for block, depth in cells), default=0), pin=self._pin) as memory:
                 rates = {cell: self._window(memory.view, cell, seconds) for cell in cells}
@@ -59,7 +63,7 @@ class DiskPeak:
 
     def _window(self, memory: memoryview, cell: tuple[int, int], seconds: float) -> float:
         block, depth = cell
-        reader, choice = open_reader(self._backend, self._file, memory)
+        reader, choice = open_reader(self._settings.backend, self._file, memory)
         reader.close()
         engine: Engine = choice.name  # type: ignore[assignment]
         return run_window(
@@ -67,7 +71,7 @@ class DiskPeak:
             memory,
             engine=engine,
             block_nbytes=block,
-            depth=depth,
+            depth=depth if engine == "libaio" else min(depth, _MAX_THREADS),
             seconds=seconds,
             direct=choice.direct,
         ).bytes_per_second
@@ -106,7 +110,7 @@ def measure_peaks(
     file: SourceFile,
     *,
     device: torch.device,
-    io_backend: ReaderName = "auto",
+    settings: ReadSettings | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Peaks:
     """Measure what a run on `device` that reads `file` is compared with, in some seconds; keeps no memory."""
@@ -115,6 +119,6 @@ def measure_peaks(
     if on_cuda:
         torch.cuda.empty_cache()
     on_step("disk")
-    disk = DiskPeak(file, io_backend=io_backend, pin=on_cuda)
+    disk = DiskPeak(file, settings=settings, pin=on_cuda)
     disk.measure(_WINDOW_SECONDS)
     return Peaks(links.device, links.host_to_device if on_cuda else links.host_copy, disk, links.matmul)

@@ -25,6 +25,7 @@ from penstock.errors import ConfigError, ModelError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.dummy import DummyTensor, dummy_file
 from penstock.io.files import TensorEntry
+from penstock.io.interrupts import held_back
 from penstock.offload.buffers import dtype_name
 
 __all__ = ["dummy_checkpoint"]
@@ -53,7 +54,9 @@ def dummy_checkpoint(
         if value is not None and value < 1:
             raise ConfigError(f"the number of {what} is out of range", wanted="at least 1", got=value)
     if num_layers is not None:
-        with TemporaryDirectory(prefix="penstock-") as folder:
+        with held_back():
+            temporary = TemporaryDirectory(prefix="penstock-")
+        with temporary as folder:
             _change_depth(Path(model), Path(folder), num_layers)
             with dummy_checkpoint(folder, scratch=scratch, distinct=distinct, dtype=dtype, on_write=on_write) as made:
                 yield made
