@@ -237,6 +237,7 @@ def run_bench(
         pass
     assert llm.last_run is not None
     if llm.plan.nvme_nbytes:
+        llm.settle()
         peaks.disk.measure()
     prefill, decode, steady = _phases(marks, has_flops=flops is not None)
     return BenchReport(workload, prefill, decode, steady, llm.last_run, peaks, flops, settings)

@@ -334,6 +334,10 @@ class LLM:
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
         )
 
+    def settle(self) -> None:
+        """Block until the layers that were fetched for a next pass are there, and the links are idle."""
+        self._weights.settle()
+
     def close(self) -> None:
         """Give back all memory, descriptors and threads; later calls raise ClosedError."""
         if not self._closed:

@@ -288,7 +288,8 @@ class WeightStream:
         """Let what is under way end, then give all memory back. Tensors bound to it must not be used any more."""
         if not self._closed:
             self._closed = True
-            self._settle()
+            self._lane.close()  # what was only queued is dropped
+            self.settle()
             self._own.clear()
             self._rest.clear()
             self._slots.clear()
@@ -296,9 +297,8 @@ class WeightStream:
             del self.resident
             self._exit.close()
 
-    def _settle(self) -> None:
-        """Wait until nothing is on its way into a slot; what was only queued for it is dropped."""
-        self._lane.close()
+    def settle(self) -> None:
+        """Block until nothing is on its way into a slot."""
         for slot in self._slots:
             if slot.arrived.exception() is None:
                 self._copies.block_until(slot.arrived.result())
