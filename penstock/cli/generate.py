@@ -202,7 +202,7 @@ def _describe(state: Progress) -> str:
     left = (state.expected_tokens - state.generated_tokens) / rate if rate else 0.0
     return (
         f"{state.num_finished}/{state.num_requests} prompts, {state.generated_tokens} tokens, {rate:.1f} tokens/s, "
-        f"{state.traffic.device_bytes / max(state.seconds, 1e-9) / 1e9:.2f} GB/s, at most {left:.0f} s left"
+        f"{state.streamed_bytes / max(state.seconds, 1e-9) / 1e9:.2f} GB/s, at most {left:.0f} s left"
     )
 
 

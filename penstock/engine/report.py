@@ -66,6 +66,11 @@ class Progress:
     schedule: Schedule
     traffic: Traffic
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that went to the device so far."""
+        return self.traffic.device_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
