@@ -8,13 +8,14 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from penstock.cli.output import ProgressLine, ResultFile, result_file
+from penstock.cli.output import ProgressLine, ResultFile, check_output, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
 from penstock.cli.settings import add_read_options, read_settings
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.trace import Trace
 
 if TYPE_CHECKING:
     from penstock.engine.llm import LLM
@@ -85,6 +86,7 @@ def add_to(commands: Any) -> None:
     results.add_argument(
         "--json", action="store_true", help="print JSON lines; the last line of stdout is the run's summary"
     )
+    results.add_argument("--trace", metavar="FILE", help="write what moved and computed when, for ui.perfetto.dev")
     results.add_argument("--verify", action="store_true", help="compare greedy tokens with in-memory Hugging Face")
 
 
@@ -101,6 +103,7 @@ def run(options: argparse.Namespace) -> int:
         logprobs=options.logprobs,
     )
     tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    check_output(options.trace)
     lines = _prompt_lines(options)
     params = [_params(line, defaults) for line in lines]
     if options.verify and not all(each.is_greedy for each in params):
@@ -147,6 +150,7 @@ def _generate(
 
     settings = read_settings(options, options.model or engine.DEFAULT_MODEL)
     progress = ProgressLine()
+    trace = Trace() if options.trace else None
     with engine.LLM(
         options.model,
         tiers=tiers,
@@ -155,6 +159,7 @@ def _generate(
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
+        trace=trace,
     ) as llm:
         prompts = [_prompt(llm, line) for line in lines]
         outputs = []
@@ -170,6 +175,8 @@ def _generate(
         if not file:
             _print(outputs, as_json=options.json)
         report = llm.last_run
+        if trace:
+            trace.write(options.trace)
     assert report is not None
     if not options.json:
         print(f"{report.plan.explain()}\n{report.explain()}", file=sys.stderr)

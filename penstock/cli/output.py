@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,16 @@ from typing import Any, TextIO
 from penstock.errors import OutputError
 from penstock.io.atomic import appearing, naming
 
-__all__ = ["ProgressLine", "ResultFile", "result_file"]
+__all__ = ["ProgressLine", "ResultFile", "check_output", "result_file"]
+
+
+def check_output(path: str | None) -> None:
+    """Raise OutputError, before any work is done, for a file that cannot be written."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise OutputError("cannot be written", file=path, wanted="a file in a directory that may be written to")
 
 
 class ResultFile:

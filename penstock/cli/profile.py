@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import penstock
-from penstock.cli.output import ProgressLine
-from penstock.errors import ConfigError, OutputError, PenstockError
+from penstock.cli.output import ProgressLine, check_output
+from penstock.errors import ConfigError, PenstockError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size, parse_size
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = _seconds(options)
     wanted = _options(options, seconds)
     for path in (options.html, options.json if options.json != "-" else None):
-        _check_output(path)
+        check_output(path)
     old = HardwareProfile.load(options.compare) if options.compare else None
     targets = [choose_target(path) for path in options.paths or ["."]]
     if options.verify_fio:
@@ -140,14 +140,6 @@ def _list(option: str, text: str) -> tuple[int, ...]:
     if not values:
         raise ConfigError(f"{option} is empty", wanted="values separated by commas", got=repr(text))
     return tuple(values)
-
-
-def _check_output(path: str | None) -> None:
-    if path is None:
-        return
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise OutputError("cannot be written", file=path, wanted="a file in a directory that may be written to")
 
 
 def _dry_run(targets: list[Target], wanted: ProfileOptions, seconds: float) -> int:

@@ -11,6 +11,7 @@ greenlet. They are entered here, around the whole pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,22 +20,28 @@ from torch import Tensor, nn
 
 from penstock.engine.batch import CURRENT, MicroBatch
 from penstock.offload.source import WeightSource
+from penstock.offload.trace import COMPUTE
 
 __all__ = ["Executor", "Forward"]
 
 Forward = Callable[[], Tensor]
 """A micro-batch's whole forward: returns its logits."""
 
+Traced = Callable[..., AbstractContextManager[None]]
+"""Enter it with a lane, a name, and more to show, to put what is issued inside into a trace."""
+
 
 class Executor:
     """Runs passes. `layers` are the decoder layers in the order in which every forward calls them.
 
-    `weights` is where they get their parameters; it may be set or exchanged between passes.
+    `weights` is where they get their parameters; it may be set or exchanged between passes. So may `traced`, which puts
+    every layer of every micro-batch into a trace.
     """
 
     def __init__(self, layers: Sequence[nn.Module], weights: WeightSource | None = None) -> None:
         self._num_layers = len(layers)
         self.weights = weights
+        self.traced: Traced | None = None
         for index, layer in enumerate(layers):
             _gate(layer, index)
 
@@ -44,7 +51,7 @@ class Executor:
         When one forward raises, the others are unwound and the error goes on; the weights stay usable.
         """
         assert self.weights is not None
-        runs = [_Run(batch, forward) for batch, forward in batches]
+        runs = [self._start(number, *batch) for number, batch in enumerate(batches)]
         try:
             with torch.inference_mode():
                 for run in runs:
@@ -57,6 +64,9 @@ class Executor:
             for run in runs:
                 run.unwind()
         return [run.result() for run in runs]
+
+    def _start(self, number: int, batch: MicroBatch, forward: Forward) -> _Run:
+        return _Run(batch, forward) if self.traced is None else _TracedRun(number, batch, forward, self.traced)
 
 
 def _gate(layer: nn.Module, index: int) -> None:
@@ -96,3 +106,17 @@ class _Run:
         assert self._greenlet.dead
         logits: Tensor = self._reached
         return logits
+
+
+class _TracedRun(_Run):
+    """A run whose every step is in the trace."""
+
+    def __init__(self, number: int, batch: MicroBatch, forward: Forward, traced: Traced) -> None:
+        super().__init__(batch, forward)
+        self._traced = traced
+        self._args = {"micro_batch": number, "tokens": batch.num_tokens}
+
+    def advance(self, *, to: int) -> None:
+        """Run one step."""
+        with self._traced(COMPUTE, f"layer {to - 1}" if to else "embedding", **self._args):
+            super().advance(to=to)

@@ -12,7 +12,7 @@ from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.detokenizer import Detokenizer, Tokenizer, find_stop
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
-from penstock.engine.report import Progress
+from penstock.engine.report import Progress, Traffic
 from penstock.engine.sampler import Sampler, Token
 from penstock.engine.scheduler import Schedule, Scheduler
 from penstock.engine.sequence import Sequence
@@ -36,8 +36,8 @@ class Generation:
         tokenizer: Tokenizer | None,
         end_ids: Collection[int],
         max_scores: int,
+        traffic: Callable[[], Traffic],
         on_pass: Callable[[Progress], None] | None = None,
-        streamed_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._model = model
         self._executor = executor
@@ -48,7 +48,7 @@ class Generation:
         self._end_ids = frozenset(end_ids)
         self._max_scores = max_scores
         self._on_pass = on_pass
-        self._streamed_bytes = streamed_bytes
+        self._traffic = traffic
         self._texts: dict[int, Detokenizer] = {}
         self.num_requests = 0
         self.num_passes = 0
@@ -73,7 +73,7 @@ class Generation:
                 for sequence in done:
                     self._scheduler.finish(sequence)
                 if self._on_pass:
-                    self._on_pass(self._progress(finished, time.perf_counter() - start))
+                    self._on_pass(self._progress(schedule, finished, time.perf_counter() - start))
                 yield from done
         finally:
             self._scheduler.abort()
@@ -133,7 +133,7 @@ class Generation:
         if sequence.finish_reason:
             del self._texts[sequence.number]
 
-    def _progress(self, finished: int, seconds: float) -> Progress:
+    def _progress(self, schedule: Schedule, finished: int, seconds: float) -> Progress:
         return Progress(
             num_requests=self.num_requests,
             num_finished=finished,
@@ -142,5 +142,6 @@ class Generation:
             generated_tokens=self.generated_tokens,
             expected_tokens=self._expected_tokens,
             seconds=seconds,
-            streamed_bytes=self._streamed_bytes(),
+            schedule=schedule,
+            traffic=self._traffic(),
         )

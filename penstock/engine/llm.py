@@ -43,8 +43,9 @@ from penstock.offload.kv import KVStore
 from penstock.offload.plan import PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.trace import Trace
 
-__all__ = ["LLM", "Prompt"]
+__all__ = ["LLM", "Prompt", "find_device"]
 
 Prompt = str | Items[int] | Mapping[str, Any]
 """Text, token ids, or a mapping with "prompt" or "prompt_token_ids"."""
@@ -63,8 +64,10 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name. `io` says how the disk is read. A context manager; `close` gives
-    all memory back.
+    "auto" (the checkpoint's) or a torch dtype's name. `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
+    the defaults of `PassLimits`. `io` says how the disk is read. A `checkpoint` that is given stands for the
+    directory's own weights. What moves and computes when goes into a `trace` that is given. A context manager; `close`
+    gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written but, on CUDA, Triton's own cache of compiled kernels.
@@ -78,39 +81,39 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         micro_batch_tokens: int | None = None,
+        pass_tokens: int | None = None,
+        device_layers: int | None = None,
         io: ReadSettings | None = None,
         on_load: Callable[[int, int], None] | None = None,
+        checkpoint: Checkpoint | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
-        self._device = _find_device(device)
+        self._device = find_device(device)
         self._io = io or ReadSettings()
         self._closed = False
         self._generation: Generation | None = None
+        limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
         start = time.perf_counter()
-        checkpoint = Checkpoint.open(self.path)
-        self._model = load_model(self.path, dtype=dtype, device=str(self._device))
+        checkpoint = checkpoint or Checkpoint.open(self.path)
+        self._model = load_model(self.path, dtype=dtype, device=str(self._device), checkpoint=checkpoint)
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
         self._executor = Executor(self._model.layers)
-        known = _resolve(tiers or MemoryTiers(), self._device)
+        known = _resolve(tiers or MemoryTiers(), self._device, pretended=checkpoint.shares_bytes)
         _check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-        limits = LIMITS[self._device.type]
-        if micro_batch_tokens is not None:
-            if micro_batch_tokens < 1:
-                raise ConfigError("micro_batch_tokens is out of range", wanted="at least 1", got=micro_batch_tokens)
-            limits = replace(limits, micro_batch_tokens=micro_batch_tokens)
         self.plan: Plan = make_plan(self._shape, known, limits)
-        if micro_batch_tokens is not None and self.plan.micro_batch_tokens < micro_batch_tokens:
-            logger.warning(
-                "micro-batches of %d tokens do not fit the budget, %d do",
-                micro_batch_tokens,
-                self.plan.micro_batch_tokens,
-            )
+        for what, asked, fits in (
+            ("micro-batches", micro_batch_tokens, self.plan.micro_batch_tokens),
+            ("passes", pass_tokens, self.plan.pass_tokens),
+        ):
+            if asked is not None and fits < asked:
+                logger.warning("%s of %d tokens do not fit the budget, %d do", what, asked, fits)
         self._kv = KVStore(
             limit_nbytes=self.plan.kv_nbytes,
             cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS),
@@ -126,10 +129,12 @@ class LLM:
                     layers=self._model.layer_layouts,
                     device=self._device,
                     settings=self._io,
+                    trace=trace,
                 )
             )
             cleanup.callback(self._model.unbind)
             self._bind()
+            self._executor.traced = self._weights.traced if trace else None
             self._weights.load(on_load)
             self._exit = cleanup.pop_all()
         self._load_bytes = self._weights.statistics().disk.bytes_read
@@ -142,6 +147,11 @@ class LLM:
             self._model.bind_layer(index, self._weights.buffer_of(index))
         self._model.check_bound()
         self._executor.weights = self._weights
+
+    @property
+    def model(self) -> StreamedModel:
+        """The model as it is streamed: its config, its layouts, its vocabulary."""
+        return self._model
 
     @property
     def context_length(self) -> int | None:
@@ -196,8 +206,8 @@ class LLM:
             tokenizer=self.tokenizer,
             end_ids=self._end_ids,
             max_scores=self.plan.max_scores,
+            traffic=lambda: Traffic.between(before, self._weights.statistics()),
             on_pass=on_pass,
-            streamed_bytes=lambda: self._weights.statistics().device_bytes - before.device_bytes,
         )
         return self._run(generation, before)
 
@@ -327,6 +337,10 @@ class LLM:
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
         )
 
+    def settle(self) -> None:
+        """Block until the layers that were fetched for a next pass are there, and the links are idle."""
+        self._weights.settle()
+
     def close(self) -> None:
         """Give back all memory, descriptors and threads; later calls raise ClosedError."""
         if not self._closed:
@@ -355,7 +369,8 @@ def _find_tokenizer(path: Path) -> Any | None:
         return None
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" takes a GPU where there is one. Raises DeviceError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         logger.info("device %s: torch %s", name, "sees a GPU" if name == "cuda" else "sees no GPU")
@@ -385,8 +400,23 @@ def _check_rehearsal_fits(model: StreamedModel, device: torch.device) -> None:
         )
 
 
-def _resolve(tiers: MemoryTiers, device: torch.device) -> MemoryTiers:
-    """Fill in what the caller left open, and refuse what is not there."""
+def _limits(device: torch.device, *asked: int | None) -> PassLimits:
+    """Return the device's limits, with tokens per micro-batch and pass and layers on the device that were asked for."""
+    names = ("micro_batch_tokens", "pass_tokens", "device_layers")
+    wanted = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
+    for name, value in wanted.items():
+        least = 0 if name == "device_layers" else 1
+        if value < least:
+            raise ConfigError(f"{name} is out of range", wanted=f"at least {least}", got=value)
+    return replace(LIMITS[device.type], **wanted)
+
+
+def _resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> MemoryTiers:
+    """Fill in what the caller left open, and refuse what is not there.
+
+    A pretended host budget, of a checkpoint whose layers share bytes, may be any: what is really taken is less, and
+    checked when it is allocated.
+    """
     host = available_memory()
     on_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_cuda else host
@@ -394,7 +424,7 @@ def _resolve(tiers: MemoryTiers, device: torch.device) -> MemoryTiers:
     left = host if on_cuda else max(host - wanted, 0)
     host_wanted = tiers.host if tiers.host is not None else left * 8 // 10
     for name, asked, there in (("device", wanted, free), ("host", host_wanted, left)):
-        if asked > there:
+        if asked > there and not (pretended and name == "host"):
             raise BudgetError(
                 f"the {name} memory budget is more than what is free",
                 wanted=format_size(asked),

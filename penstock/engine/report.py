@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
+from penstock.engine.scheduler import Schedule
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
 from penstock.offload.tiers import Tier
@@ -13,32 +14,29 @@ __all__ = ["Progress", "RunReport", "Traffic"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands."""
-
-    num_requests: int
-    num_finished: int
-    num_running: int
-    prompt_tokens: int
-    generated_tokens: int
-    expected_tokens: int
-    seconds: float
-    streamed_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes and seconds of the links during a run.
 
-    `disk_busy_seconds` is the time with at least one read under way; `stall_seconds` the time in which computing waited
-    for weights.
+    `disk_busy_seconds` is the time with at least one read under way. Computing waited `disk_stall_seconds` for layers
+    from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all.
     """
 
     disk_bytes: int
     disk_busy_seconds: float
     device_bytes: int
-    stall_seconds: float
+    disk_stall_seconds: float
+    host_stall_seconds: float
+    layers_seconds: float
     buffered_reads: int
+
+    @property
+    def stall_seconds(self) -> float:
+        """For how long computing waited for weights."""
+        return self.disk_stall_seconds + self.host_stall_seconds
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        """Return what moved since `other`."""
+        return Traffic(*(mine - before for mine, before in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def between(cls, before: StreamStatistics, after: StreamStatistics) -> Traffic:
@@ -47,9 +45,31 @@ class Traffic:
             disk_bytes=after.disk.bytes_read - before.disk.bytes_read,
             disk_busy_seconds=after.disk.busy_seconds - before.disk.busy_seconds,
             device_bytes=after.device_bytes - before.device_bytes,
-            stall_seconds=after.stall_seconds - before.stall_seconds,
+            disk_stall_seconds=after.disk_stall_seconds - before.disk_stall_seconds,
+            host_stall_seconds=after.host_stall_seconds - before.host_stall_seconds,
+            layers_seconds=after.layers_seconds - before.layers_seconds,
             buffered_reads=after.disk.buffered_reads - before.disk.buffered_reads,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands after a pass; `schedule` is that pass."""
+
+    num_requests: int
+    num_finished: int
+    num_running: int
+    prompt_tokens: int
+    generated_tokens: int
+    expected_tokens: int
+    seconds: float
+    schedule: Schedule
+    traffic: Traffic
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that went to the device so far."""
+        return self.traffic.device_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +122,11 @@ class RunReport:
                 },
                 "host_to_device": {"bytes": self.traffic.device_bytes},
             },
-            "stalls": {"weights_seconds": self.traffic.stall_seconds},
+            "stalls": {
+                "weights_seconds": self.traffic.stall_seconds,
+                "nvme_seconds": self.traffic.disk_stall_seconds,
+                "host_to_device_seconds": self.traffic.host_stall_seconds,
+            },
             "reader": self.reader,
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,

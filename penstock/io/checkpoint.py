@@ -29,12 +29,16 @@ logger = logging.getLogger("penstock.io")
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Every tensor of a checkpoint. `files` are its shards by name; `nbytes` is the tensors' bytes, without headers."""
+    """Every tensor of a checkpoint. `files` are its shards by name; `nbytes` is the tensors' bytes, without headers.
+
+    `shares_bytes` says that tensors may lie on the same bytes: a dummy checkpoint takes less than `nbytes`.
+    """
 
     directory: Path
     tensors: dict[str, TensorEntry]
     files: tuple[SourceFile, ...]
     nbytes: int
+    shares_bytes: bool = False
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, max_header_bytes: int = MAX_HEADER_BYTES) -> Self:

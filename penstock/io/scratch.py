@@ -28,7 +28,17 @@ from penstock.errors import NoSpaceError, TargetError
 from penstock.io.facts import MEMORY_FILE_SYSTEMS, mount_of
 from penstock.io.files import SourceFile
 
-__all__ = ["DEFAULT_BYTES", "MIN_BYTES", "Target", "choose_target", "scratch_file", "scratch_nbytes"]
+__all__ = [
+    "DEFAULT_BYTES",
+    "MIN_BYTES",
+    "Sink",
+    "Target",
+    "check_directory",
+    "choose_target",
+    "nameless_file",
+    "scratch_file",
+    "scratch_nbytes",
+]
 
 MIN_BYTES = 16 << 20
 """A smaller file says nothing about a disk."""
@@ -117,6 +127,26 @@ def _readable(path: Path) -> SourceFile:
     return file
 
 
+def check_directory(directory: Path, nbytes: int, *, root: Path = _FILESYSTEM_ROOT) -> None:
+    """Check that a file of `nbytes` can be written there and read from a disk.
+
+    Raises TargetError for what is no directory or lies in memory, NoSpaceError when there is too little space.
+    """
+    if not directory.is_dir():
+        raise TargetError("is not a directory", file=directory, fix="Name a directory on the disk.")
+    _refuse_memory(directory, directory.stat().st_dev, root)
+    space = os.statvfs(directory)
+    free = space.f_bavail * space.f_frsize
+    if nbytes > free:
+        raise NoSpaceError(
+            "there is no space for the file",
+            file=directory,
+            wanted=f"{nbytes} bytes",
+            got=f"{free} bytes free",
+            fix="Free some space, ask for less, or name a directory on another disk.",
+        )
+
+
 def scratch_nbytes(directory: Path, *, size: int | None, max_write: int) -> int:
     """Return how many bytes to write there: `size`, or 4 GiB and at most 10 % of what is free; never over `max_write`.
 
@@ -167,22 +197,35 @@ def scratch_file(
 ) -> Iterator[SourceFile]:
     """Write `nbytes` of random data that are on the disk when this yields; the file is gone when it ends, in any way.
 
-    Ends early, with a shorter file, when `stop` returns True after the first `MIN_BYTES`. The file's path leads through
-    /proc/self/fd and is of use to this process and, as /proc/<pid>/fd, to its children while the context lives.
-    Raises TargetError when the directory cannot be written, and NoSpaceError when the disk is full.
+    Ends early, with a shorter file, when `stop` returns True after the first `MIN_BYTES`. Path and errors are those of
+    `nameless_file`.
+    """
+    with nameless_file(directory, nbytes, lambda sink: _fill(sink, nbytes, stop, on_write)) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def nameless_file(directory: Path, nbytes: int, fill: Callable[[Sink], None]) -> Iterator[SourceFile]:
+    """Let `fill` write a file of about `nbytes` that is on the disk when this yields, and gone when it ends, anyhow.
+
+    The file's path leads through /proc/self/fd and is of use to this process and, as /proc/<pid>/fd, to its children
+    while the context lives. Raises TargetError when the directory cannot be written, and NoSpaceError when the disk is
+    full.
     """
     sweep_stale(directory)
     fd = _open_nameless(directory)
     try:
         try:
-            _fill(fd, nbytes, stop, on_write)
+            sink = Sink(fd)
+            fill(sink)
+            sink.sync()
         except OSError as error:
             kind = NoSpaceError if error.errno in _FULL else TargetError
             raise kind(
                 f"the scratch file cannot be written: {error.strerror}; it was removed",
                 file=directory,
                 wanted=f"{nbytes} bytes",
-                fix="Free some space, or lower --size.",
+                fix="Free some space, or ask for less.",
             ) from error
         path = Path(f"/proc/{os.getpid()}/fd/{fd}")
         yield SourceFile.from_status(path, os.fstat(fd))
@@ -222,9 +265,8 @@ def _open_nameless(directory: Path) -> int:
         ) from error
 
 
-def _fill(fd: int, nbytes: int, stop: Callable[[], bool], on_write: Callable[[int], None] | None) -> None:
-    """Write pieces around the page cache where the file system lets us; flush each, so that stopping is quick."""
-    direct = _set_direct(fd)
+def _fill(sink: Sink, nbytes: int, stop: Callable[[], bool], on_write: Callable[[int], None] | None) -> None:
+    """Write pieces; each is on the disk before the next, so that stopping is quick."""
     random = np.frombuffer(os.urandom(_PIECE), dtype=np.uint64)
     # Mapped memory, since it begins on a page.
     memory = mmap.mmap(-1, _PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -233,12 +275,45 @@ def _fill(fd: int, nbytes: int, stop: Callable[[], bool], on_write: Callable[[in
     while done < nbytes and not (done >= MIN_BYTES and stop()):
         # The same random bytes under another key: no block is like any other, at the speed of memory.
         np.bitwise_xor(random, np.uint64(secrets.randbits(64)), out=piece)
-        direct = _write_piece(fd, memory, done, direct=direct)
+        with memoryview(memory) as view:
+            sink.write(view)
         done += _PIECE
         if on_write:
             on_write(done)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, done, os.POSIX_FADV_DONTNEED)
+
+
+class Sink:
+    """Writes a file from its start on, around the page cache where the file system lets us."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._offset = 0
+        self._direct = _set_direct(fd)
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes of page-aligned memory; only the last may be no whole number of pages. Raises OSError."""
+        if self._direct and len(data) % mmap.PAGESIZE:
+            self._stop_direct()
+        written = 0
+        while written < len(data):
+            try:
+                written += os.pwrite(self._fd, data[written:], self._offset + written)
+            except OSError as error:
+                if not self._direct or error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                    raise
+                self._stop_direct()
+        self._offset += written
+        if not self._direct:
+            os.fdatasync(self._fd)
+
+    def sync(self) -> None:
+        """Bring everything to the disk and out of the page cache."""
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, self._offset, os.POSIX_FADV_DONTNEED)
+
+    def _stop_direct(self) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self._direct = False
 
 
 def _set_direct(fd: int) -> bool:
@@ -247,24 +322,3 @@ def _set_direct(fd: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _write_piece(fd: int, memory: mmap.mmap, offset: int, *, direct: bool) -> bool:
-    """Write one piece; return whether O_DIRECT still serves."""
-    with memoryview(memory) as view:
-        written = 0
-        while written < _PIECE:
-            try:
-                written += os.pwrite(fd, view[written:], offset + written)
-            except OSError as error:
-                if not direct or error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
-                    raise
-                _clear_direct(fd)
-                direct = False
-    if not direct:
-        os.fdatasync(fd)
-    return direct
-
-
-def _clear_direct(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)

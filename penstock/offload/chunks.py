@@ -52,6 +52,11 @@ class Chunk:
         """Bytes that end in the unit's buffer."""
         return sum(copy.nbytes for copy in self.copies)
 
+    @property
+    def read_nbytes(self) -> int:
+        """Bytes that the disk delivers: a read may reach past its file's end, where there are none."""
+        return sum(min(read.nbytes, read.file.nbytes - read.offset) for read in self.reads)
+
 
 def plan_chunks(extents: Sequence[Extent], *, chunk_nbytes: int) -> tuple[Chunk, ...]:
     """Cut a unit's extents into chunks of at most `chunk_nbytes` staged bytes, a multiple of the alignment.

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "CudaCopies", "copies_for"]
+from penstock.offload.clock import Clock
+from penstock.offload.trace import Trace
+
+__all__ = ["Copies", "CudaClock", "CudaCopies", "copies_for"]
 
 
 class Copies:
@@ -21,8 +24,9 @@ class Copies:
 
     asynchronous = False
 
-    def __init__(self) -> None:
-        self._stall_seconds = 0.0
+    def __init__(self, trace: Trace | None = None) -> None:
+        self.clock = Clock()
+        self._trace = trace
 
     @contextmanager
     def issue(self) -> Iterator[None]:
@@ -45,23 +49,46 @@ class Copies:
     def wait_for_computing(self, mark: Any) -> None:
         """Let copies issued from now on wait for a point of the computing."""
 
-    def start_waiting(self) -> Any:
-        """Note that the calling thread's computing has nothing more to do until a layer arrives."""
-        return time.perf_counter()
-
-    def wait_for_copies(self, mark: Any, waiting: Any) -> None:  # noqa: ARG002 - they have ended
-        """Let computing that the calling thread issues from now on wait for a point of the copies.
-
-        `waiting` is what `start_waiting` returned; what computing has lost since then is a stall.
-        """
-        self._stall_seconds += time.perf_counter() - waiting
+    def wait_for_copies(self, mark: Any) -> None:
+        """Let computing that the calling thread issues from now on wait for a point of the copies."""
 
     def block_until(self, mark: Any) -> None:
         """Block the calling thread until a point of the copies has passed."""
 
-    def stall_seconds(self) -> float:
-        """Return for how long computing has waited for copies, as far as the device can tell."""
-        return self._stall_seconds
+    def traced(self, lane: str, name: str, **args: Any) -> AbstractContextManager[None]:
+        """Enter to put what is issued inside into the trace, if there is one, with the device's times."""
+        return nullcontext() if self._trace is None else self._trace.span(lane, name, clock=self.clock, **args)
+
+
+class CudaClock(Clock):
+    """Moments on the current stream, kept as timed events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = torch.cuda.Event(enable_timing=True)
+        self._start.record(torch.cuda.current_stream(device))
+        self._start.synchronize()
+        self._started = time.perf_counter()
+
+    def now(self) -> Any:
+        """Record an event."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def has_passed(self, moment: Any) -> bool:
+        """Ask the event."""
+        passed: bool = moment.query()
+        return passed
+
+    def seconds(self, moment: Any) -> float:
+        """Wait for the event and place it after this clock's start."""
+        moment.synchronize()
+        return self._started + self.between(self._start, moment)
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Ask CUDA, which counts in float32 milliseconds: exact for what is near."""
+        return float(begin.elapsed_time(end)) / 1000
 
 
 class CudaCopies(Copies):
@@ -69,11 +96,11 @@ class CudaCopies(Copies):
 
     asynchronous = True
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
+        super().__init__(trace)
+        self.clock = CudaClock(device)
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def issue(self) -> Iterator[None]:
@@ -98,39 +125,16 @@ class CudaCopies(Copies):
         if mark is not None:
             self._stream.wait_event(mark)
 
-    def start_waiting(self) -> Any:
-        """Record a timed event, which passes when the device has done all that it has been given."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def wait_for_copies(self, mark: Any, waiting: Any) -> None:
-        """Make the calling thread's stream wait; what lies between `waiting` and the end of that is a stall."""
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(mark)
-        after = torch.cuda.Event(enable_timing=True)
-        after.record(stream)
-        self._waits.append((waiting, after))
-        if len(self._waits) >= 256:
-            self.stall_seconds()
+    def wait_for_copies(self, mark: Any) -> None:
+        """Make the calling thread's stream wait."""
+        torch.cuda.current_stream(self._device).wait_event(mark)
 
     def block_until(self, mark: Any) -> None:
         """Wait for an event, with the GIL released."""
         if mark is not None:
             mark.synchronize()
 
-    def stall_seconds(self) -> float:
-        """Add up the stalls that have ended."""
-        waiting = []
-        for before, after in self._waits:
-            if after.query():
-                self._stall_seconds += before.elapsed_time(after) / 1000
-            else:
-                waiting.append((before, after))
-        self._waits = waiting
-        return self._stall_seconds
 
-
-def copies_for(device: torch.device) -> Copies:
+def copies_for(device: torch.device, trace: Trace | None = None) -> Copies:
     """Return the copies that suit a device."""
-    return CudaCopies(device) if device.type == "cuda" else Copies()
+    return CudaCopies(device, trace) if device.type == "cuda" else Copies(trace)

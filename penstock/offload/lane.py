@@ -6,6 +6,7 @@ the disk stays busy while chunks are copied and while the computing decides what
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from penstock.offload.buffers import convert
 from penstock.offload.chunks import Chunk
 from penstock.offload.copies import Copies
 from penstock.offload.layout import Layout
+from penstock.offload.trace import DISK, FROM_STAGING, Trace
 
 __all__ = ["DiskLane", "Fetch", "Ring"]
 
@@ -34,7 +36,7 @@ class Fetch:
     """Bring one unit from disk to `buffer`, whose first byte is byte `origin` of the unit's buffer.
 
     With a `layout`, conversions run on arrival. `after` is a point of the computing that copies wait for. `arrived`
-    gets the point of the copies after which the unit is there.
+    gets the point of the copies after which the unit is there. `name` and `lane` are what a trace calls its copies.
     """
 
     chunks: Sequence[Chunk]
@@ -44,6 +46,8 @@ class Fetch:
     layout: Layout | None = None
     after: Any = None
     arrived: Future[Any] = field(default_factory=Future)
+    name: str = ""
+    lane: str = FROM_STAGING
 
 
 class Ring:
@@ -107,9 +111,10 @@ class DiskLane:
     Closing it waits for the reads that are under way, and fails fetches that are not done with ClosedError.
     """
 
-    def __init__(self, reader: Reader, ring: Ring) -> None:
+    def __init__(self, reader: Reader, ring: Ring, trace: Trace | None = None) -> None:
         self._reader = reader
         self._ring = ring
+        self._trace = trace
         self._queue: SimpleQueue[Fetch | None] = SimpleQueue()
         self._closed = False
         self._thread = Thread(target=self._serve, name="penstock-disk", daemon=True)
@@ -135,7 +140,7 @@ class DiskLane:
     def _serve(self) -> None:
         """Keep as many chunks under way as the ring has regions; land them in order; sleep only when there are none."""
         pending: deque[_Item] = deque()
-        landing: deque[tuple[_Item, int, Ticket]] = deque()
+        landing: deque[_Landing] = deque()
         is_open = True
         while is_open or pending or landing:
             while is_open and not pending:
@@ -154,27 +159,32 @@ class DiskLane:
             if landing:
                 self._land(*landing.popleft())
 
-    def _submit(self, item: _Item, landing: deque[tuple[_Item, int, Ticket]]) -> None:
+    def _submit(self, item: _Item, landing: deque[_Landing]) -> None:
         """Start to read a chunk, unless its fetch has failed already or the lane is closing."""
         if item.fetch.arrived.done():
             return
         if self._closed:
             raise ClosedError("the disk lane was closed before this unit was read")
         region = self._ring.take()
+        submitted = time.perf_counter()
         ticket = self._reader.submit(self._ring.reads(item.chunk, region))
         self._ring.advance()
-        landing.append((item, region, ticket))
+        landing.append((item, region, ticket, submitted))
 
-    def _land(self, item: _Item, region: int, ticket: Ticket) -> None:
-        fetch = item.fetch
+    def _land(self, item: _Item, region: int, ticket: Ticket, submitted: float) -> None:
+        fetch, chunk = item.fetch, item.chunk
         with _failing(fetch):
             self._reader.wait(ticket)
+            if self._trace is not None:
+                now = time.perf_counter()
+                self._trace.add(f"{DISK} {region + 1}", fetch.name, submitted, now, bytes=chunk.read_nbytes)
             if fetch.arrived.done():
                 return
             with fetch.copies.issue():
                 if item.is_first:
                     fetch.copies.wait_for_computing(fetch.after)
-                self._ring.empty(fetch, item.chunk, region)
+                with fetch.copies.traced(fetch.lane, fetch.name, bytes=chunk.nbytes):
+                    self._ring.empty(fetch, chunk, region)
                 if item.is_last:
                     if fetch.layout is not None:
                         convert(fetch.layout, fetch.buffer)
@@ -187,6 +197,10 @@ class _Item:
     chunk: Chunk
     is_first: bool
     is_last: bool
+
+
+_Landing = tuple[_Item, int, Ticket, float]
+"""A chunk that is being read: its item, its region, its ticket, and when it was submitted."""
 
 
 def _items(fetch: Fetch) -> Iterator[_Item]:

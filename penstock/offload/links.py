@@ -49,12 +49,14 @@ def measure_links(
     deadline: Deadline,
     disk: tuple[SourceFile, Choice] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
+    cuda: bool | None = None,
 ) -> Links:
     """Measure until the deadline, the figures that plans need most first; what is left out is None.
 
-    `disk` is a file and how to read it, for the path from disk to device; None leaves that out.
+    `disk` is a file and how to read it, for the path from disk to device; None leaves that out. `cuda` False measures
+    what there is without a GPU; None looks for one.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() if cuda is None else cuda
     found: dict[str, Any] = {}
     steps: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("host memory", lambda: _host(deadline)),

@@ -52,11 +52,16 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class PassLimits:
-    """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch, tokens per pass."""
+    """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch and per pass, layers on the device.
+
+    With `device_layers`, layers are kept on the device up to that number, whatever it leaves for keys and values; None
+    weighs the two.
+    """
 
     num_slots: int
     micro_batch_tokens: int
     pass_tokens: int
+    device_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +126,17 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     workspace = shape.workspace_of(micro, total) + SCORE_NBYTES * scores
     room = tiers.device - shape.resident_nbytes - workspace
     everything = range(len(shape.layer_nbytes))
+    most = len(everything) if limits.device_layers is None else limits.device_layers
     num_slots = 0
-    on_device = _spread(shape.layer_nbytes, room * 4 // 5, everything)
+    on_device = _spread(shape.layer_nbytes, room * 4 // 5, everything, most)
     if len(on_device) < len(everything):
         largest = max(shape.layer_nbytes)
         num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) * 3 // (4 * largest)))
-        on_device = _spread(shape.layer_nbytes, (room - num_slots * largest) // 2, everything)
+        left = room - num_slots * largest
+        left = left // 2 if limits.device_layers is None else left - _minimum_kv(shape)
+        on_device = _spread(shape.layer_nbytes, left, everything, most)
     streamed = [index for index in everything if index not in on_device]
-    in_host = _spread(shape.wire_nbytes, tiers.host, streamed)
+    in_host = _spread(shape.wire_nbytes, tiers.host, streamed, len(streamed))
     on_disk = [index for index in streamed if index not in in_host]
     nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
     if tiers.nvme is not None and nvme_nbytes > tiers.nvme:
@@ -193,9 +201,9 @@ def _minimum_kv(shape: ModelShape) -> int:
     return shape.kv_sequence_nbytes + shape.kv_token_nbytes * MINIMUM_TOKENS
 
 
-def _spread(sizes: Sequence[int], budget: int, candidates: Sequence[int]) -> frozenset[int]:
-    """Choose as many of `candidates` as fit `budget`, evenly spread, so that streamed layers have time to arrive."""
-    for count in range(len(candidates), 0, -1):
+def _spread(sizes: Sequence[int], budget: int, candidates: Sequence[int], most: int) -> frozenset[int]:
+    """Choose as many of `candidates`, up to `most`, as fit `budget`, evenly spread: streamed layers need their time."""
+    for count in range(min(most, len(candidates)), 0, -1):
         chosen = [candidates[(2 * k + 1) * len(candidates) // (2 * count)] for k in range(count)]
         if sum(sizes[index] for index in chosen) <= budget:
             return frozenset(chosen)

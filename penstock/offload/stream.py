@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,26 +24,33 @@ from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
 from penstock.io.settings import NUM_REGIONS, ReadSettings
 from penstock.offload.buffers import convert
 from penstock.offload.chunks import Chunk, plan_chunks
+from penstock.offload.clock import Stopwatch
 from penstock.offload.copies import Copies, copies_for
 from penstock.offload.lane import DiskLane, Fetch, Ring
-from penstock.offload.layout import Layout
+from penstock.offload.layout import Extent, Layout
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
+from penstock.offload.trace import INTO_HOST, STALLS, TO_DEVICE, Trace
 
 __all__ = ["StreamStatistics", "WeightStream"]
+
+_LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
     """What has moved so far, in bytes and seconds.
 
-    `device_bytes` counts bytes copied into slots and device layers, `disk` what the reader delivered, `stall_seconds`
-    for how long computing waited for weights.
+    `device_bytes` counts bytes copied into slots and device layers, `disk` what the reader delivered. Computing waited
+    `disk_stall_seconds` for layers that live on NVMe and `host_stall_seconds` for layers in host RAM, out of
+    `layers_seconds` between entering the first layer and leaving the last; all as the device sees it.
     """
 
     device_bytes: int
     disk: ReaderStatistics
-    stall_seconds: float
+    disk_stall_seconds: float
+    host_stall_seconds: float
+    layers_seconds: float
 
 
 class _Slot:
@@ -67,7 +74,8 @@ class WeightStream:
 
     `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
     resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
-    A `reader` that is given is used and closed instead of the one that `settings` choose.
+    A `reader` that is given is used and closed instead of the one that `settings` choose. Copies, reads and stalls go
+    into a `trace` that is given.
     """
 
     def __init__(
@@ -80,11 +88,15 @@ class WeightStream:
         device: torch.device,
         settings: ReadSettings | None = None,
         reader: Reader | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._layouts = tuple(layers)
         self._resident_layout = resident
         self._device = device
-        self._copies = copies_for(device)
+        self._trace = trace
+        self._copies = copies_for(device, trace)
+        self._watch = Stopwatch(self._copies.clock, trace)
+        self._entered: Any = None
         self._moved = 0
         self._closed = False
         self._exit = ExitStack()
@@ -110,14 +122,26 @@ class WeightStream:
         ]
         self._slot_of = {index: slot for slot in self._slots for index in slot.cycle}
         self._rest: dict[int, Tensor] = {}
-        in_host = plan.layers_in(Tier.HOST)
-        if in_host:
-            slab = cleanup.enter_context(HostMemory(plan.host_nbytes, pin=self._device.type == "cuda"))
-            whole = torch.frombuffer(slab.view, dtype=torch.uint8)
-            start = 0
-            for index in in_host:
-                self._rest[index] = whole[start : start + self._layouts[index].wire_nbytes]
-                start += self._layouts[index].wire_nbytes
+        self._filled: tuple[int, ...] = ()
+        self._rest_places(plan.layers_in(Tier.HOST), cleanup)
+
+    def _rest_places(self, in_host: Sequence[int], cleanup: ExitStack) -> None:
+        """Give each layer that lives in host RAM its place; layers made of the same bytes have one together."""
+        first: dict[tuple[Extent, ...], int] = {}
+        for index in in_host:
+            first.setdefault(self._layouts[index].extents, index)
+        nbytes = sum(self._layouts[index].wire_nbytes for index in first.values())
+        if not nbytes:
+            return
+        slab = cleanup.enter_context(HostMemory(nbytes, pin=self._device.type == "cuda"))
+        whole = torch.frombuffer(slab.view, dtype=torch.uint8)
+        start = 0
+        places = {}
+        for extents, index in first.items():
+            places[extents] = whole[start : start + self._layouts[index].wire_nbytes]
+            start += self._layouts[index].wire_nbytes
+        self._rest = {index: places[self._layouts[index].extents] for index in in_host}
+        self._filled = tuple(first.values())
 
     def _open_disk(
         self, checkpoint: Checkpoint, settings: ReadSettings, given: Reader | None, cleanup: ExitStack
@@ -137,10 +161,15 @@ class WeightStream:
             plan_chunks(layout.extents, chunk_nbytes=region) for layout in self._layouts
         ]
         self._resident_chunks = plan_chunks(self._resident_layout.extents, chunk_nbytes=region)
-        self._lane = DiskLane(given, Ring(staging, num_regions=NUM_REGIONS))
+        self._lane = DiskLane(given, Ring(staging, num_regions=NUM_REGIONS), self._trace)
         cleanup.callback(self._lane.close)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="penstock-copy")
         cleanup.callback(self._copier.shutdown)
+
+    @property
+    def traced(self) -> Callable[..., AbstractContextManager[None]]:
+        """What puts computing into the trace, if there is one: enter it with a lane, a name, and more to show."""
+        return self._copies.traced
 
     def buffer_of(self, index: int) -> Tensor:
         """Return the buffer in which layer `index` is found while it is handed out."""
@@ -151,12 +180,12 @@ class WeightStream:
 
         `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError or FileChangedError.
         """
-        fetches = [self._fetch_from_disk(self._resident_chunks, self.resident, self._resident_layout)]
-        for index, buffer in self._own.items():
-            fetches.append(self._fetch_from_disk(self._chunks[index], buffer, self._layouts[index]))
-        for index, buffer in self._rest.items():
-            origin = self._layouts[index].wire_offset
-            fetches.append(Fetch(self._chunks[index], buffer, origin, Copies()))
+        fetches = [self._fetch_from_disk(None, self.resident)]
+        fetches += [self._fetch_from_disk(index, buffer) for index, buffer in self._own.items()]
+        into_host = Copies(self._trace)
+        for index in self._filled:
+            origin, name = self._layouts[index].wire_offset, f"layer {index}"
+            fetches.append(Fetch(self._chunks[index], self._rest[index], origin, into_host, name=name, lane=INTO_HOST))
         for fetch in fetches:
             self._lane.start(fetch)
         total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
@@ -169,29 +198,45 @@ class WeightStream:
         for slot in self._slots:
             self._refill(slot, slot.cycle[0])
 
-    def _fetch_from_disk(self, chunks: Sequence[Chunk], buffer: Tensor, layout: Layout, after: Any = None) -> Fetch:
+    def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
+        """Return the fetch of a layer, or of the resident unit, to its buffer on the device."""
+        chunks = self._resident_chunks if index is None else self._chunks[index]
+        layout = self._resident_layout if index is None else self._layouts[index]
         self._moved += sum(chunk.nbytes for chunk in chunks)
-        return Fetch(chunks, buffer, 0, self._copies, layout, after)
+        name = "resident unit" if index is None else f"layer {index}"
+        return Fetch(chunks, buffer, 0, self._copies, layout, after, name=name)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
         """Hand out one layer: computing issued inside finds its weights in place."""
         if self._closed:
             raise ClosedError("the weight stream is closed")
+        if index == 0:
+            self._entered = self._watch.begin()
         slot = self._slot_of.get(index)
         if slot is None:
             yield
-            return
+        else:
+            with self._arrived(slot, index):
+                yield
+        if index == len(self._layouts) - 1:
+            self._watch.end(_LAYERS, self._entered)
+
+    @contextmanager
+    def _arrived(self, slot: _Slot, index: int) -> Iterator[None]:
+        """Let computing wait for a layer; on exit refill its slot."""
         if slot.layer != index:
             self._refill(slot, index)
-        waiting = self._copies.start_waiting()
+        waiting = self._watch.begin()
         try:
             arrived = slot.arrived.result()
         except BaseException:
             if slot.arrived.done():  # else it was the wait that was interrupted: the layer is still on its way
                 slot.layer = None
             raise
-        self._copies.wait_for_copies(arrived, waiting)
+        self._copies.wait_for_copies(arrived)
+        tier = Tier.HOST if index in self._rest else Tier.NVME
+        self._watch.end(tier, waiting, lane=STALLS, layer=index)
         try:
             yield
         finally:
@@ -212,7 +257,7 @@ class WeightStream:
             else:
                 self._copier.submit(self._fetch_from_host, slot, index, slot.arrived)
         else:
-            fetch = self._fetch_from_disk(self._chunks[index], slot.buffer, self._layouts[index], slot.released)
+            fetch = self._fetch_from_disk(index, slot.buffer, slot.released)
             slot.arrived = fetch.arrived
             self._lane.start(fetch)
         slot.layer = index
@@ -222,7 +267,8 @@ class WeightStream:
         try:
             with self._copies.issue():
                 self._copies.wait_for_computing(slot.released)
-                self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
+                with self._copies.traced(TO_DEVICE, f"layer {index}", bytes=layout.wire_nbytes):
+                    self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
                 convert(layout, slot.buffer)
                 arrived.set_result(self._copies.mark())
         except Exception as error:  # noqa: BLE001
@@ -230,13 +276,20 @@ class WeightStream:
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""
-        return StreamStatistics(self._moved, self._reader.statistics(), self._copies.stall_seconds())
+        return StreamStatistics(
+            device_bytes=self._moved,
+            disk=self._reader.statistics(),
+            disk_stall_seconds=self._watch.seconds(Tier.NVME),
+            host_stall_seconds=self._watch.seconds(Tier.HOST),
+            layers_seconds=self._watch.seconds(_LAYERS),
+        )
 
     def close(self) -> None:
         """Let what is under way end, then give all memory back. Tensors bound to it must not be used any more."""
         if not self._closed:
             self._closed = True
-            self._settle()
+            self._lane.close()  # what was only queued is dropped
+            self.settle()
             self._own.clear()
             self._rest.clear()
             self._slots.clear()
@@ -244,9 +297,8 @@ class WeightStream:
             del self.resident
             self._exit.close()
 
-    def _settle(self) -> None:
-        """Wait until nothing is on its way into a slot; what was only queued for it is dropped."""
-        self._lane.close()
+    def settle(self) -> None:
+        """Block until nothing is on its way into a slot."""
         for slot in self._slots:
             if slot.arrived.exception() is None:
                 self._copies.block_until(slot.arrived.result())

@@ -118,3 +118,23 @@ def test_usage_errors_end_with_2(capsys):
 def test_verbose_goes_before_or_after_the_command(arguments):
     assert _parser().parse_args(arguments).verbose == 1
     assert _parser().parse_args(["generate"]).verbose == 0
+
+
+def test_a_trace_beside_the_results(capsys, tmp_path, device):
+    trace = tmp_path / "trace.json"
+    run(
+        capsys,
+        "--prompt",
+        "import os",
+        "--max-tokens",
+        "3",
+        "--device-memory",
+        "64MiB",
+        "--trace",
+        trace,
+        device=device,
+    )
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "layer 0" and event["ph"] == "X" for event in events) >= 3
+    assert main(["generate", "--prompt", "x", "--trace", str(tmp_path)]) == 1
+    assert "cannot be written" in capsys.readouterr().err

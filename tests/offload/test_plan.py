@@ -95,3 +95,18 @@ def test_a_plan_explains_itself():
     assert "2 layers, 100 B" in text
     assert "read in every pass" in text
     assert made.as_dict()["tiers"].count("host") == 2
+
+
+@given(shapes, st.integers(0, 100_000), st.integers(0, 30))
+def test_layers_on_the_device_may_be_bounded(shape, device, most):
+    limits = PassLimits(num_slots=3, micro_batch_tokens=64, pass_tokens=256, device_layers=most)
+    try:
+        made = make_plan(shape, MemoryTiers(device=device, host=0), limits)
+        free = make_plan(shape, MemoryTiers(device=device, host=0), LIMITS)
+    except BudgetError:
+        return
+    assert made.device_nbytes <= device
+    assert len(made.layers_in(Tier.DEVICE)) <= most
+    assert made.kv_nbytes >= shape.kv_sequence_nbytes + 16 * shape.kv_token_nbytes
+    if len(free.layers_in(Tier.DEVICE)) < len(shape.layer_nbytes):
+        assert len(made.layers_in(Tier.DEVICE)) >= min(most, len(free.layers_in(Tier.DEVICE)))

@@ -1,5 +1,7 @@
 """The weight stream hands out the same bytes as a plain read, whatever the tiers, slots and reader."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -169,3 +171,30 @@ def test_closing_leaves_no_thread_and_no_descriptor(tiny_llama, model, device):
         stream.load()
         assert state() != before
     assert state() == before
+
+
+def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected, device):
+    layouts = model.layer_layouts
+    donors = [0, 1, 0, 1, 0, 5]
+    aliased = [replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, donors, strict=True)]
+    with WeightStream(
+        plan([H] * 6, 2, model),
+        checkpoint=Checkpoint.open(tiny_llama),
+        resident=model.resident,
+        layers=aliased,
+        device=torch.device(device),
+    ) as stream:
+        stream.load()
+        places = [stream._rest[index].data_ptr() for index in range(6)]
+        assert [places.index(place) for place in places] == donors
+        read = stream.statistics()
+        for _ in range(2):
+            for index, donor in enumerate(donors):
+                with stream.layer(index):
+                    for got, wanted in zip(
+                        _parameters(layouts[donor], stream.buffer_of(index)), expected[donor], strict=True
+                    ):
+                        assert torch.equal(got, wanted)
+        after = stream.statistics()
+    assert after.disk.bytes_read == read.disk.bytes_read
+    assert after.device_bytes - read.device_bytes == sum(2 * layout.wire_nbytes for layout in aliased)

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES, view_of
 from penstock.offload.layout import Layout
 
-__all__ = ["StreamedModel", "factory_for", "load_model"]
+__all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline", "read_json"]
 
 _LARGE_ELEMENTS = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,31 +128,60 @@ def positions_of(batch: MicroBatch, device: torch.device) -> Tensor:
     return torch.cat([torch.arange(span.start, span.end) for span in batch.spans]).to(device, non_blocking=True)
 
 
-def load_model(
-    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-) -> StreamedModel:
-    """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """transformers' module of a config, parameters on the meta device, and its decoder layers.
 
-    `dtype` is "auto" (the checkpoint's), or the one to compute in. Raises ModelError where the model cannot be run so,
-    and CheckpointError where the checkpoint does not make the model.
+    `layers_name` is the layers' name in the module; `needed` tells which parameters text needs.
     """
-    directory, device = Path(path), torch.device(device)
-    config = _load_config(directory)
-    checkpoint = Checkpoint.open(directory)
-    compute_dtype = _resolve_dtype(dtype, config, checkpoint.tensors)
+
+    module: Any
+    layers_name: str
+    layers: nn.ModuleList
+    dtype: torch.dtype
+    needed: Callable[[str], bool]
+
+
+def outline(config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: Mapping[str, TensorEntry]) -> Outline:
+    """Build the module that a config describes, in `dtype`, or with "auto" in the config's or that of `tensors`.
+
+    Raises ModelError where transformers cannot build it, or it has no layers.
+    """
+    compute_dtype = _resolve_dtype(dtype, config, tensors)
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
+    return Outline(module, name, layers, compute_dtype, _needed(module, decoder))
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    checkpoint: Checkpoint | None = None,
+) -> StreamedModel:
+    """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
+
+    `dtype` is "auto" (the checkpoint's), or the one to compute in. A `checkpoint` that is given stands for the
+    directory's own weights. Raises ModelError where the model cannot be run so, and CheckpointError where the
+    checkpoint does not make the model.
+    """
+    directory, device = Path(path), torch.device(device)
+    config = load_config(directory)
+    checkpoint = checkpoint or Checkpoint.open(directory)
+    made = outline(config, directory, dtype=dtype, tensors=checkpoint.tensors)
+    module, layers = made.module, made.layers
     adaptation = adapt(module, layers)
     _place_buffers(module, device)
     weights = map_weights(
         module,
         checkpoint.tensors,
         directory=directory,
-        layers=name,
+        layers=made.layers_name,
         num_layers=len(layers),
-        dtype=compute_dtype,
-        needed=_needed(module, decoder),
+        dtype=made.dtype,
+        needed=made.needed,
     )
     _report(directory, adaptation, weights)
     text = module.config.get_text_config()
@@ -162,7 +191,7 @@ def load_model(
         layers=tuple(layers),
         resident=weights.resident,
         layer_layouts=weights.layers,
-        dtype=compute_dtype,
+        dtype=made.dtype,
         device=device,
         vocab_size=module.get_output_embeddings().weight.shape[0],
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None),
@@ -174,10 +203,10 @@ def load_model(
     )
 
 
-def _load_config(directory: Path) -> Any:
+def load_config(directory: Path) -> Any:
     """Read config.json with transformers' own classes, after the checks that make this safe and local."""
     file = directory / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     kind = raw.get("model_type")
     if not isinstance(kind, str):
         raise UnknownArchitectureError("not a model's config", file=file, wanted="a model_type", got=repr(kind))
@@ -209,7 +238,8 @@ def _load_config(directory: Path) -> Any:
     return config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises MissingFileError and ModelError."""
     try:
         raw = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:
@@ -305,7 +335,7 @@ def _decoder_name(module: Any) -> str:
     return name
 
 
-def _needed(module: Any, decoder: str) -> Any:
+def _needed(module: Any, decoder: str) -> Callable[[str], bool]:
     """Return which parameters text needs: all, or the text decoder's and the head's."""
     if not decoder:
         return lambda _: True

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
-__all__ = ["WeightGroup", "group_weights", "parameter_dtypes"]
+__all__ = ["WeightGroup", "group_weights", "parameter_dtypes", "stored_tensors"]
 
 
 @dataclass(slots=True)
@@ -82,3 +88,9 @@ def parameter_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
         name: next((kept for pattern, kept in plan.items() if pattern.search(name)), tensor.dtype)
         for name, tensor in model.state_dict().items()
     }
+
+
+def stored_tensors(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the family's checkpoints store for these parameters, by name in natural order. They may be meta."""
+    stored = revert_weight_conversion(model, parameters)
+    return {name: stored[name] for name in sorted(stored, key=dot_natural_key)}

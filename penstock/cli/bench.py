@@ -1,0 +1,164 @@
+"""`penstock bench`: measure a model, or the shape of one, against what this machine's links and arithmetic can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from penstock.cli.output import ProgressLine, check_output
+from penstock.cli.settings import add_read_options, read_settings
+from penstock.errors import ConfigError
+from penstock.io.interrupts import held_back
+from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.trace import Trace
+
+if TYPE_CHECKING:
+    from penstock.engine.bench import BenchReport, Workload
+    from penstock.engine.report import Progress
+    from penstock.io.checkpoint import Checkpoint
+
+__all__ = ["SHAPES", "add_to"]
+
+SHAPES = Path(__file__).parents[1] / "data" / "shapes"
+"""A directory with a config.json for each shape."""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to the parser's sub-commands."""
+    shapes = sorted(path.name for path in SHAPES.iterdir())
+    parser = commands.add_parser(
+        "bench",
+        help="measure prefill and decode of a model or a shape",
+        description="Measure prefill and decode against the peaks of disk, bus and arithmetic, measured in the same "
+        "process. The last line of stdout is one JSON object.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", nargs="?", help="directory of a Hugging Face checkpoint")
+    weights = parser.add_argument_group("weights")
+    weights.add_argument("--shape", choices=shapes, metavar="NAME", help=f"dummy weights of {', '.join(shapes)}")
+    weights.add_argument("--dummy", action="store_true", help="dummy weights for MODEL, of which config.json is read")
+    weights.add_argument(
+        "--distinct-layers",
+        type=int,
+        metavar="K",
+        help="dummy layers of each kind with bytes of their own; the others are aliases (default: 2)",
+    )
+    weights.add_argument(
+        "--scratch", default=".", metavar="DIR", help="where dummy weights lie, without a name (default: %(default)s)"
+    )
+    weights.add_argument("--layers", type=int, metavar="N", help="dummy layers in all (default: the config's)")
+    work = parser.add_argument_group("workload")
+    work.add_argument("--prompt-len", type=int, default=512, metavar="N", help="default: %(default)s")
+    work.add_argument("--gen-len", type=int, default=32, metavar="N", help="default: %(default)s")
+    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--device-memory", metavar="SIZE", help="budget on the device (default: most of it)")
+    memory.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="budget of host RAM for layers (default: most of it); with dummy weights it may exceed what is there, "
+        "because aliases share their bytes",
+    )
+    memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
+    memory.add_argument(
+        "--device-layers", type=int, metavar="N", help="layers to keep on the device (default: planned)"
+    )
+    memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    memory.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    memory.add_argument(
+        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
+    )
+    memory.add_argument("--pass-tokens", type=int, metavar="N", help="tokens that go through all layers in one pass")
+    add_read_options(memory)
+    results = parser.add_argument_group("results")
+    results.add_argument("--json", action="store_true", help="print nothing but the JSON object")
+    results.add_argument("--trace", metavar="FILE", help="write what moved and computed when, for ui.perfetto.dev")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    if (options.model is None) == (options.shape is None):
+        raise ConfigError("bench needs a model or a shape", fix="Give either a MODEL directory or --shape NAME.")
+    if options.model is not None and not options.dummy and (options.layers or options.distinct_layers):
+        raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
+    check_output(options.trace)
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
+
+    workload = Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
+    progress = ProgressLine()
+    with _checkpoint(options, progress) as checkpoint:
+        report = _measure(options, workload, checkpoint, progress)
+    progress.clear()
+    if not options.json:
+        print(report.explain())
+    print(json.dumps(report.as_dict()))
+    return 0
+
+
+@contextmanager
+def _checkpoint(options: argparse.Namespace, progress: ProgressLine) -> Iterator[Checkpoint]:
+    """Open the model's own weights, or make dummies that are gone afterwards."""
+    from penstock.io.checkpoint import Checkpoint  # noqa: PLC0415
+
+    if options.shape is None and not options.dummy:
+        yield Checkpoint.open(options.model)
+        return
+    from penstock.engine.model.dummy import dummy_checkpoint  # noqa: PLC0415
+
+    with dummy_checkpoint(
+        options.model if options.shape is None else SHAPES / options.shape,
+        scratch=options.scratch,
+        distinct=2 if options.distinct_layers is None else options.distinct_layers,
+        num_layers=options.layers,
+        dtype=options.dtype,
+        on_write=lambda done, total: progress.show(f"writing {format_size(done)} of {format_size(total)}"),
+    ) as checkpoint:
+        yield checkpoint
+
+
+def _measure(
+    options: argparse.Namespace, workload: Workload, checkpoint: Checkpoint, progress: ProgressLine
+) -> BenchReport:
+    from penstock.engine import bench  # noqa: PLC0415
+    from penstock.engine import llm as engine  # noqa: PLC0415
+
+    tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model)
+    trace = Trace() if options.trace else None
+    peaks = bench.measure_peaks(
+        max(checkpoint.files, key=lambda file: file.nbytes),
+        device=engine.find_device(options.device),
+        settings=settings,
+        on_step=lambda step: progress.show(f"measuring {step}"),
+    )
+    asked = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
+    asked["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
+    with engine.LLM(
+        checkpoint.directory,
+        tiers=tiers,
+        device=options.device,
+        dtype=options.dtype,
+        micro_batch_tokens=options.micro_batch_tokens,
+        pass_tokens=options.pass_tokens,
+        device_layers=options.device_layers,
+        io=settings,
+        on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
+        checkpoint=checkpoint,
+        trace=trace,
+    ) as llm:
+
+        def show(state: Progress) -> None:
+            done = f"{state.generated_tokens} of {state.expected_tokens} tokens"
+            progress.show(f"a pass of {state.schedule.num_tokens} tokens has ended, {done} so far")
+
+        report = bench.run_bench(llm, workload, peaks, settings=asked, on_pass=show)
+        if trace:
+            trace.write(options.trace)
+    return report

@@ -1,0 +1,108 @@
+"""How many floating-point operations a model asks for, from its layouts and a few numbers of its config.
+
+Counted are matrix products, a multiplication and an addition each: 2 for every weight of a matrix that a token meets,
+2 × (query dim + value dim) per head for every pair of a token and one that it sees. Experts count with the share that a
+token is sent to. Not counted: embedding look-ups, norms, activations, the softmax. So it is what the architecture
+needs; code that does more, such as masked scores, is not credited for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from penstock.engine.batch import Span
+
+if TYPE_CHECKING:
+    from penstock.engine.model.build import StreamedModel
+    from penstock.offload.layout import Layout
+
+__all__ = ["ModelFlops", "count_flops", "pairs"]
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """FLOPs of one token through all layers, of one row of the head, and of one pair of tokens that attend.
+
+    `per_pair` holds, for each attention window (None: all tokens before), the sum over the layers that have it.
+    """
+
+    parameters: int
+    per_token: int
+    per_row: int
+    per_pair: Mapping[int | None, int]
+
+    def of(self, spans: Iterable[Span], *, rows: int) -> int:
+        """Return the FLOPs of a pass over `spans`, of which `rows` tokens go through the head."""
+        total = self.per_row * rows
+        for span in spans:
+            scores = sum(flops * pairs(span, window) for window, flops in self.per_pair.items())
+            total += self.per_token * span.length + scores
+        return total
+
+
+def pairs(span: Span, window: int | None = None) -> int:
+    """Return how many (token, token that it sees) pairs a span has; every token sees itself and at most `window`."""
+    whole = min(span.end, window or span.end)
+    growing = range(span.start + 1, whole + 1)  # tokens that see all before them
+    seen = (growing[0] + growing[-1]) * len(growing) // 2 if growing else 0
+    return seen + (span.length - len(growing)) * (window or 0)
+
+
+def count_flops(model: StreamedModel) -> ModelFlops | None:
+    """Return what a model asks for; None where its experts cannot be told from its config."""
+    config = model.config.get_text_config()
+    experts, chosen = _first(config, _EXPERTS), _first(config, _CHOSEN)
+    per_token = Fraction(0)
+    for layout in model.layer_layouts:
+        for name, shape in _matrices(layout):
+            share = Fraction(1)
+            if "experts." in name and "shared_expert" not in name:
+                if not experts or not chosen or shape[0] != experts:
+                    return None
+                share = Fraction(chosen, experts)
+            per_token += 2 * math.prod(shape) * share
+    return ModelFlops(
+        parameters=sum(
+            math.prod(view.shape) for layout in (model.resident, *model.layer_layouts) for view in layout.parameters
+        ),
+        per_token=int(per_token),
+        per_row=2 * model.vocab_size * config.hidden_size,
+        per_pair=_per_pair(config, len(model.layers)),
+    )
+
+
+def _matrices(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for view in layout.parameters:
+        if len(view.shape) > 1 and not view.name.endswith("bias"):
+            yield view.name, view.shape
+
+
+def _per_pair(config: Any, num_layers: int) -> dict[int | None, int]:
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return {}
+    query = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "qk_nope_head_dim", None):
+        query = config.qk_nope_head_dim + config.qk_rope_head_dim
+    value = getattr(config, "v_head_dim", None) or query
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or [""] * num_layers
+    layers: Counter[int | None] = Counter()
+    for kind in kinds:
+        if kind in ("", "full_attention", "attention"):
+            layers[window if kind == "" else None] += 1
+        elif kind == "sliding_attention":
+            layers[window] += 1
+    return {window: 2 * heads * (query + value) * count for window, count in layers.items()}
+
+
+def _first(config: Any, names: Iterable[str]) -> int | None:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
