@@ -11,16 +11,17 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from penstock.engine.executor import Executor
 from penstock.engine.generation import Generation
 from penstock.engine.model.build import StreamedModel, load_model
+from penstock.engine.model.compile import LayerCompiler, why_not_compile
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
 from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from penstock.engine.rehearsal import rehearse
+from penstock.engine.rehearsal import rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampler import Sampler
 from penstock.engine.sampling_params import SamplingParams
@@ -39,7 +40,7 @@ from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.kv import KVCost, KVStore
-from penstock.offload.plan import PassLimits, Plan, make_plan
+from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 
@@ -62,11 +63,12 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name. `io` says how the disk is read. A context manager; `close` gives
-    all memory back.
+    "auto" (the checkpoint's) or a torch dtype's name. `io` says how the disk is read. `compile` compiles each kind of
+    layer at start-up, or leaves all eager; "auto" compiles where that pays. A context manager; `close` gives all memory
+    back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
-    fit, saying what would be enough. Nothing is written anywhere.
+    fit, saying what would be enough. Nothing is written anywhere but what torch's compilers cache of their own.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class LLM:
         dtype: str = "auto",
         micro_batch_tokens: int | None = None,
         io: ReadSettings | None = None,
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
@@ -87,22 +90,23 @@ class LLM:
         self._generation: Generation | None = None
         start = time.perf_counter()
         checkpoint = Checkpoint.open(self.path)
-        self._model = load_model(self.path, dtype=dtype, device=str(self._device))
+        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
+        self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
         known = _resolve(tiers or MemoryTiers(), self._device)
         _check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
-        self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
         limits = LIMITS[self._device.type]
         if micro_batch_tokens is not None:
             if micro_batch_tokens < 1:
                 raise ConfigError("micro_batch_tokens is out of range", wanted="at least 1", got=micro_batch_tokens)
             limits = replace(limits, micro_batch_tokens=micro_batch_tokens)
+        self._shape = self._rehearse(known, limits, compile)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
         self.plan: Plan = make_plan(self._shape, known, limits)
         if micro_batch_tokens is not None and self.plan.micro_batch_tokens < micro_batch_tokens:
             logger.warning(
@@ -132,6 +136,16 @@ class LLM:
         self._load_bytes = self._weights.statistics().disk.bytes_read
         self._load_seconds = time.perf_counter() - start
         self.last_run: RunReport | None = None
+
+    def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
+        """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
+        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
+        if reason is not None:
+            self._compiler.leave_eager(reason)
+            return shape
+        num_tokens = make_plan(shape, known, limits).micro_batch_tokens
+        return rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -322,6 +336,7 @@ class LLM:
             dtype=str(self._model.dtype).removeprefix("torch."),
             reader=self._weights.reader_choice.as_dict()
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
+            compilation=self._compiler.report(),
         )
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from penstock.engine.model.compile import Compilation
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
 from penstock.offload.tiers import Tier
@@ -76,6 +77,7 @@ class RunReport:
     device: str
     dtype: str
     reader: dict[str, Any]
+    compilation: Compilation
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,6 +106,7 @@ class RunReport:
             },
             "stalls": {"weights_seconds": self.traffic.stall_seconds},
             "reader": self.reader,
+            "layer_code": self.compilation.as_dict(),
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
             "memory": {
@@ -127,5 +130,6 @@ class RunReport:
             f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "
             f"computing waited {disk.stall_seconds:.2f} s for weights",
+            f"layer code     {self.compilation.explain()}",
         ]
         return "\n".join(lines)

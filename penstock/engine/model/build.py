@@ -129,16 +129,21 @@ def positions_of(batch: MicroBatch, device: torch.device) -> Tensor:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    checkpoint: Checkpoint | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
 ) -> StreamedModel:
     """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
 
-    `dtype` is "auto" (the checkpoint's), or the one to compute in. Raises ModelError where the model cannot be run so,
+    `checkpoint` is that directory, where it is open already. `dtype` is "auto" (the checkpoint's), or the one to
+    compute in. Raises ModelError where the model cannot be run so,
     and CheckpointError where the checkpoint does not make the model.
     """
     directory, device = Path(path), torch.device(device)
     config = _load_config(directory)
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = checkpoint or Checkpoint.open(directory)
     compute_dtype = _resolve_dtype(dtype, config, checkpoint.tensors)
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
