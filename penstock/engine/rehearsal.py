@@ -65,7 +65,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
 def rehearse_compiled(
     model: StreamedModel, executor: Executor, compiler: LayerCompiler, shape: ModelShape, *, num_tokens: int
 ) -> ModelShape:
-    """Compile the layers on a micro-batch of about `num_tokens` tokens and return `shape` with what compiled code needs.
+    """Compile the layers on a micro-batch of about `num_tokens` tokens; return `shape` with what compiled code needs.
 
     Compilers tune kernels for the sizes that they see, so it should be the size of real micro-batches. What they make
     allocates unseen by `_Watch`, so a GPU's allocator is asked; a CPU's keeps no account, and fusing only saves memory.

@@ -24,7 +24,7 @@ from penstock.engine.model.recurrent import cache_argument, wrap_recurrent
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule, attend
 
-__all__ = ["Adaptation", "adapt", "refuse"]
+__all__ = ["UNTRACEABLE", "Adaptation", "adapt", "refuse"]
 
 _REFUSED = {
     "blt": "it reads bytes through a second model",
@@ -41,7 +41,9 @@ _REFUSED = {
 
 
 _TRACEABLE = {"", "latent", "positions"}
-"""Kinds of adapters that a compiler can trace, or never sees because they act inside the attention function."""
+"""Kinds of adapters that compilers never see, because they act inside the attention function."""
+UNTRACEABLE = "penstock_untraceable"
+"""The attribute of all other adapted modules that names their adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def adapt(model: Any, layers: Iterable[nn.Module]) -> Adaptation:
             if module not in names and (kind := _adapt_module(module, layer, model, names)) is not None:
                 names[module] = f"{kind}:{type(module).__name__}" if kind else None
                 if kind not in _TRACEABLE:
-                    module.penstock_untraceable = names[module]
+                    setattr(module, UNTRACEABLE, names[module])
         if _has_attention(layer) and not any(module in names for module in layer.modules()):
             raise UnsupportedModelError(
                 f"{type(layer).__name__} does not use transformers' attention interface, and there is no adapter for it"

@@ -11,6 +11,7 @@ there on, its whole kind, and the log and the report say why.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import shutil
 import time
@@ -21,11 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch._dynamo import lookup_backend
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend, mark_dynamic
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils._pytree import tree_leaves
 
 from penstock.engine.batch import CURRENT
+from penstock.engine.model.adapters import UNTRACEABLE
 from penstock.engine.model.opaque import LAYER, name_modules
 
 __all__ = ["Compilation", "LayerCompiler", "why_not_compile"]
@@ -34,6 +37,8 @@ MAX_GRAPHS = 4
 """Graphs of one kind: settings may differ between its layers, such as the window of their attention."""
 MAX_OPERATIONS = 2000
 """Operations in one graph. A layer has some dozens; a loop over experts that was unrolled would compile for minutes."""
+
+_numbers = itertools.count()
 
 logger = logging.getLogger("penstock.engine")
 
@@ -62,7 +67,9 @@ class Compilation:
     def explain(self) -> str:
         """Say in one line what is compiled."""
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.kinds if reason)
-        return f"{self.num_compiled} of {len(self.kinds)} kinds of layers compiled" + (f" ({reasons})" if reasons else "")
+        return f"{self.num_compiled} of {len(self.kinds)} kinds of layers compiled" + (
+            f" ({reasons})" if reasons else ""
+        )
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -149,8 +156,12 @@ class _Kind:
         def run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return forward(layer, *args, **kwargs)
 
-        run.__code__ = run.__code__.replace()  # the compiler keeps what it has made by code object
-        self.code = torch.compile(run, backend=self._compile, fullgraph=True, dynamic=True)
+        # The compiler keeps what it has made by code object, and what it has learnt by the code's name.
+        run.__code__ = run.__code__.replace(co_name=f"run_{next(_numbers)}")
+        try:
+            self.code = torch.compile(run, backend=self._compile, fullgraph=True)
+        except Exception as error:  # noqa: BLE001 - it looks for its cache, for one
+            self.give_up(error)
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Be torch.compile's backend: inductor within our limits."""
@@ -178,6 +189,8 @@ def _install(layer: nn.Module, kind: _Kind) -> None:
         if kind.code is None or _is_one_token():
             return eager(*args, **kwargs)
         LAYER.set(layer)
+        if not kind.is_sealed:
+            _make_dynamic((args, kwargs), size=CURRENT.get().num_tokens)
         try:
             return kind.code(layer, *args, **kwargs)
         except Exception as error:
@@ -194,9 +207,17 @@ def _is_one_token() -> bool:
     return len(spans) == 1 and spans[0].length == 1
 
 
+def _make_dynamic(inputs: Any, *, size: int) -> None:
+    """Let the dimensions that have this size have any size in the code that is made."""
+    for tensor in tree_leaves(inputs):
+        if isinstance(tensor, Tensor):
+            for dim in (dim for dim, one in enumerate(tensor.shape) if one == size):
+                mark_dynamic(tensor, dim)
+
+
 def _own_code(layer: nn.Module) -> str | None:
     """Name the adapter in a layer that no compiler can trace, if there is one."""
-    found = (getattr(module, "penstock_untraceable", None) for module in layer.modules())
+    found = (getattr(module, UNTRACEABLE, None) for module in layer.modules())
     return next((f"{name} is not traceable" for name in found if name), None)
 
 
@@ -211,6 +232,6 @@ def _structure(layer: nn.Module) -> Any:
 
 def _brief(error: Exception) -> str:
     """Return what a compiler's error says first; its own root cause where it wraps one."""
-    inner: BaseException = getattr(error, "inner_exception", None) or error
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {' '.join(lines[:2])}"[:240]
+    cause: BaseException = getattr(error, "inner_exception", None) or error
+    said = " ".join(line.strip() for line in str(cause).splitlines()[:3]).strip()
+    return said if isinstance(cause, _NotCompilableError) else f"{type(cause).__name__}: {said}"[:240]

@@ -31,7 +31,7 @@ _LIBRARY.define(
 def name_modules(layer: nn.Module) -> None:
     """Tell each module its place in the layer; compiled code refers to it by that."""
     for name, module in layer.named_modules():
-        module.penstock_name = name  # type: ignore[assignment]
+        module.penstock_name = name
 
 
 def opaque(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
@@ -62,9 +62,7 @@ def opaque(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple
         )
         return made, None
 
-    def run(
-        query: Tensor, key: Tensor, value: Tensor, *, module: str, value_size: int, **arguments: Any
-    ) -> Tensor:
+    def run(query: Tensor, key: Tensor, value: Tensor, *, module: str, value_size: int, **arguments: Any) -> Tensor:
         made, _ = attention(LAYER.get().get_submodule(module), query, key, value, None, **arguments)
         assert made.shape[-1] == value_size
         return made.contiguous()
@@ -74,5 +72,5 @@ def opaque(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple
     return attend
 
 
-def _shape_of_result(query: Tensor, key: Tensor, value: Tensor, *, value_size: int, **_: Any) -> Tensor:
+def _shape_of_result(query: Tensor, *_: Tensor, value_size: int, **__: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value_size)

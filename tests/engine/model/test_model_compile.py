@@ -34,8 +34,8 @@ EAGER = {
 
 @pytest.fixture
 def backend(device: str) -> str:
-    """On the CPU the traced graphs run as they are: to compile them takes a minute and more."""
-    return "inductor" if device == "cuda" else "eager"
+    """On the CPU graphs are traced and lowered, and run as they are: compiling all of them takes minutes."""
+    return "inductor" if device == "cuda" else "aot_eager"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -63,7 +63,9 @@ def one_warning(caplog: pytest.LogCaptureFixture) -> str:
     return record.getMessage()
 
 
-def test_what_cannot_be_traced_runs_eagerly_and_the_log_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_traced_runs_eagerly_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_checkpoint(make_config(FAMILIES["dbrx"], "dbrx"), tmp_path)
     stream = Stream.open(tmp_path, backend="eager")
     assert worst_error(stream, reference(tmp_path)) <= 1e-4
@@ -74,20 +76,18 @@ def test_a_pass_compiles_nothing_new(tmp_path: Path, caplog: pytest.LogCaptureFi
     save_checkpoint(make_config(FAMILIES["llama"], "llama"), tmp_path)
     stream = Stream.open(tmp_path, backend="eager")
     wanted = reference(tmp_path)
-    stream.model.layers[2].self_attn.penstock_name = "self_attn."[:-1] + ""
-    stream.model.layers[2].mlp.added = 1
     stream.model.layers[2].input_layernorm.variance_epsilon = 1.0001e-6
     assert worst_error(stream, wanted) <= 1e-4
-    reason = "LlamaDecoderLayer (4 layers) is not compiled: _NotCompilableError: a pass differs from what start-up has compiled"
-    assert one_warning(caplog) == reason
+    assert one_warning(caplog).endswith("(4 layers) is not compiled: a pass differs from what start-up has compiled")
 
 
 def test_layers_that_all_differ_are_not_compiled_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_checkpoint(make_config({**FAMILIES["llama"], "num_hidden_layers": 6}, "llama"), tmp_path)
+    settings = {**FAMILIES["qwen2"], "num_hidden_layers": 6, "sliding_window": 64}
+    save_checkpoint(make_config(settings, "qwen2"), tmp_path)
     wanted = reference(tmp_path)
     stream = Stream.open(tmp_path)
     for index, layer in enumerate(stream.model.layers):
-        layer.input_layernorm.variance_epsilon = 1e-6 * (1 + index / 1000)
+        layer.self_attn.sliding_window = 64 + index
     stream.compiler._kinds[0].backend = "eager"
     with stream.compiler.compiling():
         assert worst_error(stream, wanted) <= 1e-4
