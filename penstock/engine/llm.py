@@ -27,6 +27,7 @@ from penstock.engine.sampler import Sampler
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
+from penstock.engine.startup import StartUp
 from penstock.errors import (
     BudgetError,
     ClosedError,
@@ -88,11 +89,12 @@ class LLM:
         self._io = io or ReadSettings()
         self._closed = False
         self._generation: Generation | None = None
-        start = time.perf_counter()
+        self._start_up = StartUp()
         checkpoint = Checkpoint.open(self.path)
         self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
+        self._start_up.end("model")
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
         known = _resolve(tiers or MemoryTiers(), self._device)
@@ -129,23 +131,27 @@ class LLM:
                     settings=self._io,
                 )
             )
+            self._start_up.end("memory")
             cleanup.callback(self._model.unbind)
             self._bind()
             self._weights.load(on_load)
+            self._start_up.end("weights")
             self._exit = cleanup.pop_all()
         self._load_bytes = self._weights.statistics().disk.bytes_read
-        self._load_seconds = time.perf_counter() - start
         self.last_run: RunReport | None = None
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
         """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
         shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
         if reason is not None:
             self._compiler.leave_eager(reason)
             return shape
         num_tokens = make_plan(shape, known, limits).micro_batch_tokens
-        return rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
+        shape = rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
+        self._start_up.end("compilers")
+        return shape
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -324,7 +330,8 @@ class LLM:
             prompt_tokens=generation.prompt_tokens,
             generated_tokens=generation.generated_tokens,
             seconds=seconds,
-            load_seconds=self._load_seconds,
+            start_up=self._start_up,
+            first_token_seconds=generation.first_token_seconds,
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
