@@ -149,9 +149,14 @@ class LLM:
             self._compiler.leave_eager(reason)
             return shape
         num_tokens = make_plan(shape, known, limits).micro_batch_tokens
-        shape = rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
+        compiled = rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
         self._start_up.end("compilers")
-        return shape
+        try:
+            make_plan(compiled, known, limits)
+        except BudgetError:
+            self._compiler.leave_eager("compiled code needs more workspace than the budget leaves")
+            return shape
+        return compiled
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)

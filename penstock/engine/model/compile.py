@@ -106,9 +106,9 @@ class LayerCompiler:
             _install(layer, known[structure])
 
     def leave_eager(self, reason: str) -> None:
-        """Compile nothing, for this reason."""
+        """Run every layer eagerly from now on, for this reason."""
         for kind in self._kinds:
-            kind.reason = reason
+            kind.code, kind.reason = None, reason
         logger.info("layers are not compiled: %s", reason)
 
     @contextmanager
