@@ -62,6 +62,12 @@ def add_to(commands: Any) -> None:
     memory.add_argument(
         "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
     )
+    memory.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="compile each kind of layer at start-up (default: on a GPU)",
+    )
     add_read_options(memory)
     sampling = parser.add_argument_group("sampling")
     defaults = SamplingParams(max_tokens=64, temperature=0.0)
@@ -158,6 +164,7 @@ def _generate(
         dtype=options.dtype,
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
+        compile=options.compile,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         trace=trace,
     ) as llm:

@@ -55,6 +55,7 @@ class Generation:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.peak_sequences = 0
+        self.first_token_seconds = 0.0
         self._expected_tokens = 0
         for sequence in sequences:
             scheduler.add(sequence)
@@ -70,6 +71,8 @@ class Generation:
                 self.peak_sequences = max(self.peak_sequences, len(self._scheduler.running))
                 done = [sequence for sequence in self._run(schedule) if sequence.finish_reason]
                 finished += len(done)
+                if self.generated_tokens and not self.first_token_seconds:
+                    self.first_token_seconds = time.perf_counter() - start
                 for sequence in done:
                     self._scheduler.finish(sequence)
                 if self._on_pass:

@@ -11,21 +11,23 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from penstock.engine.executor import Executor
 from penstock.engine.generation import Generation
 from penstock.engine.model.build import StreamedModel, load_model
+from penstock.engine.model.compile import LayerCompiler, why_not_compile
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
 from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from penstock.engine.rehearsal import rehearse
+from penstock.engine.rehearsal import rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampler import Sampler
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
+from penstock.engine.startup import StartUp
 from penstock.errors import (
     BudgetError,
     ClosedError,
@@ -40,7 +42,7 @@ from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.kv import KVStore
-from penstock.offload.plan import PassLimits, Plan, make_plan
+from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
@@ -65,12 +67,13 @@ class LLM:
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
     "auto" (the checkpoint's) or a torch dtype's name. `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
-    the defaults of `PassLimits`. `io` says how the disk is read. A `checkpoint` that is given stands for the
-    directory's own weights. What moves and computes when goes into a `trace` that is given. A context manager; `close`
-    gives all memory back.
+    the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
+    leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
+    weights. What moves and computes when goes into a `trace` that is given. A context manager; `close` gives all memory
+    back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
-    fit, saying what would be enough. Nothing is written but, on CUDA, Triton's own cache of compiled kernels.
+    fit, saying what would be enough. Nothing is written anywhere but what torch's compilers cache of their own.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class LLM:
         pass_tokens: int | None = None,
         device_layers: int | None = None,
         io: ReadSettings | None = None,
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
         trace: Trace | None = None,
@@ -94,16 +98,18 @@ class LLM:
         self._closed = False
         self._generation: Generation | None = None
         limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
-        start = time.perf_counter()
+        self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
-        self._model = load_model(self.path, dtype=dtype, device=str(self._device), checkpoint=checkpoint)
+        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
+        self._start_up.end("model")
+        self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
         known = _resolve(tiers or MemoryTiers(), self._device, pretended=checkpoint.shares_bytes)
         _check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
-        self._shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        self._shape = self._rehearse(known, limits, compile)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -132,14 +138,33 @@ class LLM:
                     trace=trace,
                 )
             )
+            self._start_up.end("memory")
             cleanup.callback(self._model.unbind)
             self._bind()
             self._executor.traced = self._weights.traced if trace else None
             self._weights.load(on_load)
+            self._start_up.end("weights")
             self._exit = cleanup.pop_all()
         self._load_bytes = self._weights.statistics().disk.bytes_read
-        self._load_seconds = time.perf_counter() - start
         self.last_run: RunReport | None = None
+
+    def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
+        """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
+        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        self._start_up.end("rehearsal")
+        reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
+        if reason is not None:
+            self._compiler.leave_eager(reason)
+            return shape
+        num_tokens = make_plan(shape, known, limits).micro_batch_tokens
+        compiled = rehearse_compiled(self._model, self._executor, self._compiler, shape, num_tokens=num_tokens)
+        self._start_up.end("compilers")
+        try:
+            make_plan(compiled, known, limits)
+        except BudgetError:
+            self._compiler.leave_eager("compiled code needs more workspace than the budget leaves")
+            return shape
+        return compiled
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -323,7 +348,8 @@ class LLM:
             prompt_tokens=generation.prompt_tokens,
             generated_tokens=generation.generated_tokens,
             seconds=seconds,
-            load_seconds=self._load_seconds,
+            start_up=self._start_up,
+            first_token_seconds=generation.first_token_seconds,
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -335,6 +361,7 @@ class LLM:
             dtype=str(self._model.dtype).removeprefix("torch."),
             reader=self._weights.reader_choice.as_dict()
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
+            compilation=self._compiler.report(),
         )
 
     def settle(self) -> None:

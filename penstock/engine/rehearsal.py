@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from torch.utils._pytree import tree_leaves
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
+from penstock.engine.model.compile import LayerCompiler
 from penstock.offload.buffers import convert
 from penstock.offload.kv import KVStore
 from penstock.offload.layout import Layout
 from penstock.offload.plan import ModelShape
 
-__all__ = ["rehearse"]
+__all__ = ["rehearse", "rehearse_compiled"]
 
 NUM_TOKENS = 32
+MAX_SCORES = 1 << 20
+"""Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
 
 
 def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -> ModelShape:
@@ -36,20 +40,12 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
     Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.
     """
     layers = model.layer_layouts
-    resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8, device=model.device)
-    scratch = torch.zeros(max(layout.nbytes for layout in layers), dtype=torch.uint8, device=model.device)
-    model.bind_resident(resident)
-    for index in range(len(layers)):
-        model.bind_layer(index, scratch)
+    resident, scratch = _bind_to_zeros(model)
     kv = KVStore(device=model.device)
-    kv.acquire(0, num_tokens=NUM_TOKENS)
-    batch = MicroBatch((Span(0, 0, NUM_TOKENS),), kv)
-    tokens = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=model.device)
-    keep = torch.tensor([NUM_TOKENS - 1], device=model.device)
     watch = _Watch()
     executor.weights = _Nothing(watch)
     with watch:
-        (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])
+        logits = _run(model, executor, kv, num_tokens=NUM_TOKENS)
     converting = 2 * _conversion_peak((*layers, model.resident), scratch, resident)  # two threads may convert at once
     row = logits.shape[-1] * logits.element_size()
     cost = kv.measure()
@@ -64,6 +60,51 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
     )
+
+
+def rehearse_compiled(
+    model: StreamedModel, executor: Executor, compiler: LayerCompiler, shape: ModelShape, *, num_tokens: int
+) -> ModelShape:
+    """Compile the layers on a micro-batch of about `num_tokens` tokens; return `shape` with what compiled code needs.
+
+    Compilers tune kernels for the sizes that they see, so it should be the size of real micro-batches. What they make
+    allocates unseen by `_Watch`, so a GPU's allocator is asked; a CPU's keeps no account, and fusing only saves memory.
+    The workspace is never less than that of eager layers: a kind of layer may have to go back to them.
+    """
+    num_tokens = max(3, (num_tokens - 1) | 1)  # odd: a size that no other dimension has stays a size of its own
+    buffers = _bind_to_zeros(model)
+    executor.weights = _Nothing(_Watch())
+    with compiler.compiling():
+        _run(model, executor, KVStore(device=model.device), num_tokens=num_tokens)
+    if model.device.type == "cuda" and compiler.report().num_compiled:
+        before, kv = torch.cuda.memory_allocated(model.device), KVStore(device=model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        _run(model, executor, kv, num_tokens=num_tokens)
+        peak = torch.cuda.max_memory_allocated(model.device) - before - kv.measure().of(num_tokens)
+        shape = replace(shape, workspace_nbytes=max(shape.workspace_nbytes, -(-peak // num_tokens)))
+    del buffers
+    return shape
+
+
+def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
+    """Bind the resident unit, and all layers to one buffer; return both."""
+    resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8, device=model.device)
+    largest = max(layout.nbytes for layout in model.layer_layouts)
+    scratch = torch.zeros(largest, dtype=torch.uint8, device=model.device)
+    model.bind_resident(resident)
+    for index in range(len(model.layers)):
+        model.bind_layer(index, scratch)
+    return resident, scratch
+
+
+def _run(model: StreamedModel, executor: Executor, kv: KVStore, *, num_tokens: int) -> Tensor:
+    """Run one prompt; return its last token's logits [1, vocab]."""
+    kv.acquire(0, num_tokens=num_tokens)
+    batch = MicroBatch((Span(0, 0, num_tokens),), kv, MAX_SCORES)
+    tokens = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
+    keep = torch.tensor([num_tokens - 1], device=model.device)
+    (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])
+    return logits
 
 
 def _conversion_peak(units: Sequence[Layout], *buffers: Tensor) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from penstock.engine.model.compile import Compilation
 from penstock.engine.scheduler import Schedule
+from penstock.engine.startup import StartUp
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
 from penstock.offload.tiers import Tier
@@ -76,6 +78,7 @@ class Progress:
 class RunReport:
     """One call of `generate`, for people and for JSON.
 
+    `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
     device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began.
     """
@@ -85,7 +88,8 @@ class RunReport:
     prompt_tokens: int
     generated_tokens: int
     seconds: float
-    load_seconds: float
+    start_up: StartUp
+    first_token_seconds: float
     load_bytes: int
     peak_sequences: int
     peak_process_nbytes: int
@@ -96,6 +100,7 @@ class RunReport:
     device: str
     dtype: str
     reader: dict[str, Any]
+    compilation: Compilation
 
     @property
     def tokens_per_second(self) -> float:
@@ -113,7 +118,12 @@ class RunReport:
             "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
-            "load": {"seconds": self.load_seconds, "bytes": self.load_bytes},
+            "first_token_seconds": self.first_token_seconds,
+            "load": {
+                "seconds": sum(self.start_up.seconds.values()) - self.start_up.seconds["python"],
+                "bytes": self.load_bytes,
+                "steps": self.start_up.seconds,
+            },
             "links": {
                 "nvme_to_host": {
                     "bytes": self.traffic.disk_bytes,
@@ -128,6 +138,7 @@ class RunReport:
                 "host_to_device_seconds": self.traffic.host_stall_seconds,
             },
             "reader": self.reader,
+            "layer_code": self.compilation.as_dict(),
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
             "memory": {
@@ -151,5 +162,7 @@ class RunReport:
             f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "
             f"computing waited {disk.stall_seconds:.2f} s for weights",
+            f"layer code     {self.compilation.explain()}",
+            f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
         return "\n".join(lines)

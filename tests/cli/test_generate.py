@@ -33,7 +33,7 @@ def test_json_lines_end_with_one_summary(capsys, tiny_llama, tmp_path, device):
     prompts.write_text("\n".join(map(json.dumps, lines)))
     out, _ = run(
         capsys, tiny_llama, "--prompts", prompts, "--device-memory", "4MiB", "--host-memory", "200KiB", "--ignore-eos",
-        "--max-tokens", "5", "--json", "--verify", device=device,
+        "--max-tokens", "5", "--no-compile", "--json", "--verify", device=device,
     )  # fmt: skip
     first, second, summary = map(json.loads, out.splitlines())
     assert (len(first["token_ids"]), len(second["token_ids"]), len(second["logprobs"])) == (5, 3, 3)
@@ -43,6 +43,7 @@ def test_json_lines_end_with_one_summary(capsys, tiny_llama, tmp_path, device):
     assert summary["reader"]["reason"]
     assert set(summary["links"]) == {"nvme_to_host", "host_to_device"}
     assert summary["stalls"]["weights_seconds"] >= 0
+    assert summary["layer_code"]["eager"] == {"LlamaDecoderLayer": "it was not wanted"}
     assert sum(summary["layers"].values()) == 6
     assert summary["tokens_per_second"] == pytest.approx(8 / summary["seconds"])
 

@@ -53,7 +53,7 @@ def open_llm(path, device, tiers="disk only", **options):
     memory, host = TIERS[tiers]
     if device == "cuda" and memory != "40MiB":
         memory = f"{int(memory.removesuffix('KiB')) + 300}KiB"  # a CUDA run samples several rows at once
-    return LLM(path, tiers=MemoryTiers(device=memory, host=host), device=device, **options)
+    return LLM(path, tiers=MemoryTiers(device=memory, host=host), device=device, compile=False, **options)
 
 
 @pytest.mark.parametrize("tiers", TIERS)

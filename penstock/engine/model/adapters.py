@@ -24,7 +24,7 @@ from penstock.engine.model.recurrent import cache_argument, wrap_recurrent
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule
 
-__all__ = ["Adaptation", "adapt", "refuse"]
+__all__ = ["UNTRACEABLE", "Adaptation", "adapt", "refuse"]
 
 _REFUSED = {
     "blt": "it reads bytes through a second model",
@@ -38,6 +38,12 @@ _REFUSED = {
     "rwkv": "its state is not kept by transformers' cache",
     "xlstm": "its state is not kept by transformers' cache",
 }
+
+
+_TRACEABLE = {"", "latent", "positions"}
+"""Kinds of adapters that compilers never see, because they act inside the attention function."""
+UNTRACEABLE = "penstock_untraceable"
+"""The attribute of all other adapted modules that names their adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,8 @@ def adapt(model: Any, layers: Iterable[nn.Module]) -> Adaptation:
         for module in reversed(list(layer.modules())):  # what a module contains comes before it
             if module not in names and (kind := _adapt_module(module, layer, model, names)) is not None:
                 names[module] = f"{kind}:{type(module).__name__}" if kind else None
+                if kind not in _TRACEABLE:
+                    setattr(module, UNTRACEABLE, names[module])
         if _has_attention(layer) and not any(module in names for module in layer.modules()):
             raise UnsupportedModelError(
                 f"{type(layer).__name__} does not use transformers' attention interface, and there is no adapter for it"
@@ -125,8 +133,9 @@ def _adapt_attention(module: Any, model: Any) -> str:
         _name_shared_layer(module)
         return "shared"
     if hasattr(module, "expand_kv") and hasattr(module, "kv_b_proj"):
-        module.expand_kv = lambda latent, rope: (latent, rope)
+        module.expand_kv = _unexpanded
         module.penstock_attention = MethodType(_latent_attention, module)
+        module.penstock_value_size = module.v_head_dim
         return "latent"
     if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
         module.attn_temperature_tuning = False
@@ -164,6 +173,10 @@ def _share_keys(layers: list[nn.Module]) -> None:
 
 
 # Attention through the interface that asks for more than it says.
+
+
+def _unexpanded(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    return latent, rope
 
 
 def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:

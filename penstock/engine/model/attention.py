@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from penstock.engine.batch import CURRENT, MicroBatch
+from penstock.engine.model.opaque import opaque
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import attend_together, can_attend_together
@@ -28,6 +29,7 @@ ATTENTION = "penstock"
 """The name under which transformers finds `penstock_attention`."""
 
 
+@opaque
 def penstock_attention(
     module: nn.Module,
     query: Tensor,

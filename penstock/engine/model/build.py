@@ -156,10 +156,10 @@ def outline(config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: 
 
 def load_model(
     path: str | os.PathLike[str],
+    checkpoint: Checkpoint | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    checkpoint: Checkpoint | None = None,
 ) -> StreamedModel:
     """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
 

@@ -24,7 +24,7 @@ NUM_NEW = 4
 
 def smallest_budget(path: Path, device: str) -> int:
     with pytest.raises(BudgetError) as caught:
-        LLM(path, tiers=MemoryTiers(device=0, host=0), device=device)
+        LLM(path, tiers=MemoryTiers(device=0, host=0), device=device, compile=False)
     return int(str(caught.value.wanted).split()[2])
 
 
@@ -61,12 +61,11 @@ def test_generated_tokens_are_those_of_transformers(
     skip_unknown(model_type(name))
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     minimum = smallest_budget(tmp_path, device)
-    with LLM(tmp_path, tiers=MemoryTiers(device="1GiB", host=0), device=device) as llm:
+    with LLM(tmp_path, tiers=MemoryTiers(device="1GiB", host=0), device=device, compile=False) as llm:
         whole = llm._kv._cost.of(max(map(len, PROMPTS)) + NUM_NEW)
     monkeypatch.setattr("penstock.engine.llm.make_plan", in_two_slots)
-    with LLM(
-        tmp_path, tiers=MemoryTiers(device=minimum + 4 * whole, host=0), device=device, micro_batch_tokens=16
-    ) as llm:
+    tiers = MemoryTiers(device=minimum + 4 * whole, host=0)
+    with LLM(tmp_path, tiers=tiers, device=device, micro_batch_tokens=16, compile=False) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True))
         if len(llm.plan.tiers) > 2:
             assert llm.last_run.traffic.disk_bytes >= (llm.last_run.num_passes - 2) * sum(llm._shape.wire_nbytes)

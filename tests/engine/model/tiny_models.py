@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel, load_model
+from penstock.engine.model.compile import LayerCompiler
 from penstock.offload.kv import KVStore
 from penstock.offload.source import SynchronousWeights, WeightSource, read_unit
 
@@ -102,10 +103,13 @@ class Stream:
     model: StreamedModel
     executor: Executor
     kv: KVStore
+    compiler: LayerCompiler
 
     @classmethod
-    def open(cls, path: Path, *, dtype: str = "auto", device: str = "cpu") -> Stream:
+    def open(cls, path: Path, *, dtype: str = "auto", device: str = "cpu", backend: str | None = None) -> Stream:
+        """Bind a model to one slot; with a `backend` of torch.compile, compile its layers."""
         model = load_model(path, dtype=dtype, device=device)
+        compiler = LayerCompiler(model.layers, backend=backend or "inductor")
         resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8)
         read_unit(model.resident, resident)
         model.bind_resident(resident.to(device))
@@ -119,7 +123,13 @@ class Stream:
             weights = Forwarded(weights, slot, on_device)
         executor = Executor(model.layers)
         executor.weights = weights
-        return cls(model, executor, KVStore(device=device))
+        stream = cls(model, executor, KVStore(device=device), compiler)
+        if backend:
+            with compiler.compiling():
+                stream.kv.acquire(0, num_tokens=11)
+                stream.run([[(0, 0, 11)]])
+                stream.kv.release(0)
+        return stream
 
     def run(self, batches: Sequence[Sequence[tuple[int, int, int]]], *, keep: Tensor | None = None) -> list[Tensor]:
         """Run a pass over micro-batches of (sequence, start, end).
