@@ -123,6 +123,7 @@ class LLM:
                     layers=self._model.layer_layouts,
                     device=self._device,
                     settings=self._io,
+                    checks=self._model.checks,
                 )
             )
             cleanup.callback(self._model.unbind)

@@ -23,10 +23,12 @@ from penstock.io.memory import HostMemory
 from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
 from penstock.io.settings import NUM_REGIONS, ReadSettings
 from penstock.offload.buffers import convert
+from penstock.offload.checks import UnitChecks, verify_by_itself
 from penstock.offload.chunks import Chunk, plan_chunks
 from penstock.offload.copies import Copies, copies_for
 from penstock.offload.lane import DiskLane, Fetch, Ring
 from penstock.offload.layout import Layout
+from penstock.offload.manifest import Check
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
 
@@ -67,7 +69,8 @@ class WeightStream:
 
     `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
     resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
-    A `reader` that is given is used and closed instead of the one that `settings` choose.
+    A `reader` that is given is used and closed instead of the one that `settings` choose. `checks` are the checksums
+    of a packed checkpoint: what a unit's first arrival brings is compared with them, else ChecksumError.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class WeightStream:
         device: torch.device,
         settings: ReadSettings | None = None,
         reader: Reader | None = None,
+        checks: Sequence[Check] = (),
     ) -> None:
         self._layouts = tuple(layers)
         self._resident_layout = resident
@@ -92,6 +96,8 @@ class WeightStream:
             self.resident = self._allocate(resident.nbytes, cleanup)
             self._place(plan, cleanup)
             self._open_disk(checkpoint, settings or ReadSettings(), reader, cleanup)
+            self._resident_checks = UnitChecks(self._resident_chunks, checks)
+            self._checks = [UnitChecks(chunks, checks) for chunks in self._chunks]
             self._exit = cleanup.pop_all()
 
     def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
@@ -149,14 +155,18 @@ class WeightStream:
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read what stays in the device and host tiers, then start on the first layers of a pass.
 
-        `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError or FileChangedError.
+        `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError, FileChangedError or
+        ChecksumError.
         """
-        fetches = [self._fetch_from_disk(self._resident_chunks, self.resident, self._resident_layout)]
+        for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
+            verify_by_itself(check)
+        fetches = [self._fetch_from_disk(None, self.resident)]
         for index, buffer in self._own.items():
-            fetches.append(self._fetch_from_disk(self._chunks[index], buffer, self._layouts[index]))
+            fetches.append(self._fetch_from_disk(index, buffer))
         for index, buffer in self._rest.items():
             origin = self._layouts[index].wire_offset
-            fetches.append(Fetch(self._chunks[index], buffer, origin, Copies()))
+            verification = self._checks[index].begin()
+            fetches.append(Fetch(self._chunks[index], buffer, origin, Copies(), verification=verification))
         for fetch in fetches:
             self._lane.start(fetch)
         total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
@@ -169,9 +179,15 @@ class WeightStream:
         for slot in self._slots:
             self._refill(slot, slot.cycle[0])
 
-    def _fetch_from_disk(self, chunks: Sequence[Chunk], buffer: Tensor, layout: Layout, after: Any = None) -> Fetch:
+    def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
+        """Bring a layer, or the resident unit (None), to its buffer on the device."""
+        chunks: Sequence[Chunk]
+        if index is None:
+            chunks, layout, checks = self._resident_chunks, self._resident_layout, self._resident_checks
+        else:
+            chunks, layout, checks = self._chunks[index], self._layouts[index], self._checks[index]
         self._moved += sum(chunk.nbytes for chunk in chunks)
-        return Fetch(chunks, buffer, 0, self._copies, layout, after)
+        return Fetch(chunks, buffer, 0, self._copies, layout, after, checks.begin())
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
@@ -212,7 +228,7 @@ class WeightStream:
             else:
                 self._copier.submit(self._fetch_from_host, slot, index, slot.arrived)
         else:
-            fetch = self._fetch_from_disk(self._chunks[index], slot.buffer, self._layouts[index], slot.released)
+            fetch = self._fetch_from_disk(index, slot.buffer, slot.released)
             slot.arrived = fetch.arrived
             self._lane.start(fetch)
         slot.layer = index

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,7 @@ from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES, view_of
 from penstock.offload.layout import Layout
+from penstock.offload.manifest import Check, CodedTensor, open_stored
 
 __all__ = ["StreamedModel", "factory_for", "load_model"]
 
@@ -59,7 +61,7 @@ class StreamedModel:
 
     `layers` are the decoder layers in order; `layer_layouts` says what each one's buffer holds, `resident` what that of
     all the rest holds. `splits_prompts` is false where a prompt must go through in one span. `adapters` names the code
-    of this package that runs in place of transformers' own.
+    of this package that runs in place of transformers' own. `checks` are the checksums of a packed checkpoint.
     """
 
     module: Any
@@ -73,6 +75,7 @@ class StreamedModel:
     context_length: int | None
     splits_prompts: bool
     adapters: tuple[str, ...]
+    checks: tuple[Check, ...]
     _aliases: Mapping[str, tuple[str, ...]]
     _inputs: Mapping[str, Any]
     _accepts: frozenset[str]
@@ -138,8 +141,8 @@ def load_model(
     """
     directory, device = Path(path), torch.device(device)
     config = _load_config(directory)
-    checkpoint = Checkpoint.open(directory)
-    compute_dtype = _resolve_dtype(dtype, config, checkpoint.tensors)
+    stored = open_stored(Checkpoint.open(directory))
+    compute_dtype = _resolve_dtype(dtype, config, stored.tensors)
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
@@ -147,7 +150,7 @@ def load_model(
     _place_buffers(module, device)
     weights = map_weights(
         module,
-        checkpoint.tensors,
+        stored.tensors,
         directory=directory,
         layers=name,
         num_layers=len(layers),
@@ -168,6 +171,7 @@ def load_model(
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None),
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
+        checks=stored.checks,
         _aliases=weights.aliases,
         _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),
@@ -223,7 +227,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry]) -> torch.dtype:
+def _resolve_dtype(
+    dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry | CodedTensor]
+) -> torch.dtype:
     """Resolve "auto" as transformers does: the config's dtype, or else that of most of the checkpoint's bytes."""
     if dtype != "auto":
         chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
@@ -237,7 +243,7 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, 
     sizes: Counter[torch.dtype] = Counter()
     for entry in tensors.values():
         if DTYPES.get(entry.dtype) in _DTYPES.values():
-            sizes[DTYPES[entry.dtype]] += entry.nbytes
+            sizes[DTYPES[entry.dtype]] += math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
