@@ -10,14 +10,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from penstock.errors import ConfigError
 from penstock.io.files import DTYPE_BITS
 
-__all__ = ["ANY_LENGTH", "CodecName", "Coding", "Part"]
+__all__ = ["ANY_LENGTH", "GROUP_SIZES", "CodecName", "Coding", "PackOptions", "Part"]
 
 CodecName = Literal["exact", "int8", "int4"]
 
 ANY_LENGTH = -1
 """A part's size that depends on the values."""
+
+GROUP_SIZES = (32, 64, 128)
 
 _BLOCK = 1024
 """Values of the `exact` codec that share an entry of `start`; part of the format."""
@@ -30,6 +33,11 @@ class Part:
     suffix: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part; 0 where they depend on the values."""
+        return 0 if ANY_LENGTH in self.shape else math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +100,35 @@ class Coding:
             codes = Part("int8", "I8" if self.symmetric else "U8", (rows, columns))
         scale, zero = Part(f"{self.codec}_scale", "BF16", groups), Part(f"{self.codec}_zero", "U8", groups)
         return (codes, scale) if self.symmetric else (codes, scale, zero)
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """How to pack. `group_size` and `symmetric` are for the integer codecs, None takes the codec's own.
+
+    `exclude` are patterns with * and ? of tensors that stay as they are. `search` tries several scales for each group
+    and keeps the best; None does so for int4.
+    """
+
+    codec: CodecName
+    group_size: int | None = None
+    symmetric: bool | None = None
+    search: bool | None = None
+    exclude: tuple[str, ...] = ()
+
+    def resolved(self) -> PackOptions:
+        """Return them with nothing left open. Raises ConfigError."""
+        if self.codec == "exact":
+            if self.group_size is not None or self.symmetric is not None or self.search is not None:
+                raise ConfigError("the exact codec has no groups", fix="Leave group size, symmetry and search out.")
+            return PackOptions("exact", exclude=self.exclude)
+        if self.group_size not in {None, *GROUP_SIZES}:
+            raise ConfigError("not a group size", wanted=f"one of {GROUP_SIZES}", got=self.group_size)
+        small = self.codec == "int4"
+        return PackOptions(
+            self.codec,
+            group_size=self.group_size or (64 if small else 128),
+            symmetric=not small if self.symmetric is None else self.symmetric,
+            search=small if self.search is None else self.search,
+            exclude=self.exclude,
+        )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from penstock.errors import ChecksumError, ManifestError, MissingWeightError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import SourceFile, TensorEntry
-from penstock.offload.codec import ANY_LENGTH, CodecName, Coding
+from penstock.offload.codec import ANY_LENGTH, Coding, PackOptions
 from penstock.offload.records import RecordError, from_plain, to_plain
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "CodedTensor",
     "FileRecord",
     "Manifest",
+    "SourceRecord",
     "Stored",
     "TensorRecord",
     "manifest_text",
@@ -50,6 +51,15 @@ class FileRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """A file of the checkpoint that was packed."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """How a tensor is stored: as it was (`coding` None) or in parts. `crc32` has an entry for each stored tensor."""
 
@@ -59,12 +69,12 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A packed checkpoint. `source` are the files it was made from, `tensors` their tensors by name."""
+    """A packed checkpoint: what it was made from and how, its files by name, and the source's tensors by name."""
 
     format: Literal["penstock packed checkpoint"]
     version: Literal[1]
-    codec: CodecName
-    source: dict[str, FileRecord]
+    options: PackOptions
+    source: tuple[SourceRecord, ...]
     files: dict[str, FileRecord]
     tensors: dict[str, TensorRecord]
 
