@@ -16,7 +16,7 @@ from penstock.io.files import SourceFile, TensorEntry
 from penstock.offload.chunks import Chunk
 from penstock.offload.manifest import Check
 
-__all__ = ["UnitChecks", "Verification", "verify_by_itself"]
+__all__ = ["UnitChecks", "Verification", "compare", "verify_by_itself"]
 
 _PIECE = 1 << 20
 
@@ -53,7 +53,7 @@ class Verification:
         for check, begin, end in self._cursor.advance(file, offset, memory.nbytes):
             self._sums[check] = zlib.crc32(memory[begin - offset : end - offset], self._sums[check])
             if end == _end(check.entry):
-                _compare(check, self._sums.pop(check))
+                compare(check, self._sums.pop(check))
 
     def finish(self) -> None:
         """Note that the unit has arrived whole and right."""
@@ -67,7 +67,7 @@ def verify_by_itself(check: Check) -> None:
         stream.seek(check.entry.offset)
         for begin in range(0, check.entry.nbytes, _PIECE):
             found = zlib.crc32(stream.read(min(_PIECE, check.entry.nbytes - begin)), found)
-    _compare(check, found)
+    compare(check, found)
 
 
 class _Cursor:
@@ -98,7 +98,8 @@ def _end(entry: TensorEntry) -> int:
     return entry.offset + entry.nbytes
 
 
-def _compare(check: Check, found: int) -> None:
+def compare(check: Check, found: int) -> None:
+    """Raise ChecksumError, with the name of the tensor, unless `found` is its checksum."""
     if found != check.crc32:
         raise ChecksumError(
             f"tensor {check.entry.name!r} is damaged",

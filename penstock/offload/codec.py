@@ -107,7 +107,7 @@ class PackOptions:
     """How to pack. `group_size` and `symmetric` are for the integer codecs, None takes the codec's own.
 
     `exclude` are patterns with * and ? of tensors that stay as they are. `search` tries several scales for each group
-    and keeps the best; None does so for int4.
+    and keeps the one with the least squared error.
     """
 
     codec: CodecName
@@ -129,6 +129,6 @@ class PackOptions:
             self.codec,
             group_size=self.group_size or (64 if small else 128),
             symmetric=not small if self.symmetric is None else self.symmetric,
-            search=small if self.search is None else self.search,
+            search=bool(self.search),
             exclude=self.exclude,
         )

@@ -118,10 +118,10 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A checkpoint's tensors by the names that the model knows, coded or not, and the checks of their bytes."""
+    """A checkpoint's tensors by the names that the model knows, coded or not; checks by the names that are stored."""
 
     tensors: Mapping[str, TensorEntry | CodedTensor]
-    checks: tuple[Check, ...]
+    checks: Mapping[str, Check]
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -171,18 +171,18 @@ def open_stored(checkpoint: Checkpoint) -> Stored:
     """
     manifest = read_manifest(checkpoint.directory)
     if manifest is None:
-        return Stored(checkpoint.tensors, ())
+        return Stored(checkpoint.tensors, {})
     for name, record in manifest.files.items():
         check_file(checkpoint.directory / name, record)
     tensors: dict[str, TensorEntry | CodedTensor] = {}
-    checks: list[Check] = []
+    checks: dict[str, Check] = {}
     for name, made in manifest.tensors.items():
         entries = _entries(checkpoint, name, made)
         tensors[name] = entries[0] if made.coding is None else CodedTensor(name, made.coding, entries)
-        checks += (Check(entry, crc32) for entry, crc32 in zip(entries, made.crc32, strict=True))
-    if extra := set(checkpoint.tensors) - {check.entry.name for check in checks}:
+        checks |= {entry.name: Check(entry, crc32) for entry, crc32 in zip(entries, made.crc32, strict=True)}
+    if extra := checkpoint.tensors.keys() - checks.keys():
         raise ManifestError(f"tensor {min(extra)!r} is in no record", file=checkpoint.directory / MANIFEST, fix=_AGAIN)
-    return Stored(tensors, tuple(checks))
+    return Stored(tensors, checks)
 
 
 def check_file(path: Path, record: FileRecord) -> None:

@@ -171,7 +171,7 @@ def load_model(
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None),
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
-        checks=stored.checks,
+        checks=tuple(stored.checks.values()),
         _aliases=weights.aliases,
         _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),
