@@ -48,7 +48,7 @@ def test_the_error_is_half_a_step_but_for_the_ends(
         error = (found.float() - values.float()).abs()
         rounding = values.float().abs() * torch.finfo(dtype).eps
         # Rounded scales and zeros, and the step that symmetric codes lack on one side, cut the ends of a group's range.
-        assert bool((error <= 1.3 * step + rounding).all()), shape
+        assert bool((error <= 1.6 * step + rounding).all()), shape
         assert (error > 0.51 * step + rounding).float().mean() <= 0.03 or values.numel() < 1000
 
 
