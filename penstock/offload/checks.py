@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from penstock.errors import ChecksumError
 from penstock.io.files import SourceFile, TensorEntry
 from penstock.offload.chunks import Chunk
+from penstock.offload.layout import Extent
 from penstock.offload.manifest import Check
 
 __all__ = ["UnitChecks", "Verification", "compare", "verify_by_itself"]
@@ -22,17 +23,18 @@ _PIECE = 1 << 20
 
 
 class UnitChecks:
-    """The checks of one unit. `partial` are those of tensors of which its chunks read a part only."""
+    """The checks of the stored tensors that fill one unit. `partial` are those of which its chunks read a part only."""
 
-    def __init__(self, chunks: Sequence[Chunk], checks: Iterable[Check]) -> None:
+    def __init__(self, extents: Sequence[Extent], chunks: Sequence[Chunk], checks: Iterable[Check]) -> None:
         ordered = sorted(checks, key=lambda check: (str(check.entry.file.path), check.entry.offset, check.entry.nbytes))
-        cursor = _Cursor(ordered)
-        reads = [read for chunk in chunks for read in chunk.reads]
-        reached = {
-            check: end for read in reads for check, _, end in cursor.advance(read.file, read.offset, read.nbytes)
-        }
-        self.partial = frozenset(check for check, end in reached.items() if end < _end(check.entry))
-        self._whole = [check for check in ordered if check in reached and check not in self.partial]
+        needed, whole = _Cursor(ordered), _Cursor(ordered)
+        used = {one for extent in extents for one, _, _ in needed.advance(extent.file, extent.source, extent.nbytes)}
+        brought: dict[Check, int] = defaultdict(int)
+        for read in (read for chunk in chunks for read in chunk.reads):
+            for check, begin, end in whole.advance(read.file, read.offset, read.nbytes):
+                brought[check] += end - begin
+        self.partial = frozenset(check for check in used if brought[check] < check.entry.nbytes)
+        self._whole = [check for check in ordered if check in used and check not in self.partial]
         self.verified = not self._whole
 
     def begin(self) -> Verification | None:
@@ -87,11 +89,11 @@ class _Cursor:
         for check in checks[first:]:
             if check.entry.offset >= offset + nbytes:
                 break
-            reached = self._reached.get(check, check.entry.offset)
+            begin = max(self._reached.get(check, check.entry.offset), offset)
             end = min(_end(check.entry), offset + nbytes)
-            if offset <= reached < end:
+            if begin < end:
                 self._reached[check] = end
-                yield check, reached, end
+                yield check, begin, end
 
 
 def _end(entry: TensorEntry) -> int:

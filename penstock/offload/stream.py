@@ -96,8 +96,11 @@ class WeightStream:
             self.resident = self._allocate(resident.nbytes, cleanup)
             self._place(plan, cleanup)
             self._open_disk(checkpoint, settings or ReadSettings(), reader, cleanup)
-            self._resident_checks = UnitChecks(self._resident_chunks, checks)
-            self._checks = [UnitChecks(chunks, checks) for chunks in self._chunks]
+            self._resident_checks = UnitChecks(self._resident_layout.extents, self._resident_chunks, checks)
+            self._checks = [
+                UnitChecks(layout.extents, chunks, checks)
+                for layout, chunks in zip(self._layouts, self._chunks, strict=True)
+            ]
             self._exit = cleanup.pop_all()
 
     def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
