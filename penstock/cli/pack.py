@@ -8,6 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
+from penstock.cli.settings import add_read_options, read_settings
 from penstock.offload.codec import GROUP_SIZES, PackOptions
 from penstock.offload.tiers import format_size
 
@@ -51,9 +52,7 @@ def add_to(commands: Any) -> None:
         metavar="PATTERN",
         help="leave these tensors as they are; may be repeated",
     )
-    parser.add_argument(
-        "--io-backend", default="auto", choices=("auto", "libaio", "threads", "aiofiles"), help="how the disk is read"
-    )
+    add_read_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser = commands.add_parser(
         "quality",
@@ -88,7 +87,7 @@ def run_pack(options: argparse.Namespace) -> int:
         options.model,
         options.out,
         choice,
-        io_backend=options.io_backend,
+        settings=read_settings(options, options.model),
         on_progress=lambda done, total: progress.show(f"packed {format_size(done)} of {format_size(total)}"),
     )
     progress.clear()

@@ -9,7 +9,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from penstock.engine.model.selection import linear_weights
 from penstock.engine.pack_journal import Finished, Job, Workplace, check_space
 from penstock.engine.pack_plan import SHARD_NBYTES, PlannedShard, PlannedTensor, plan_pack
 from penstock.engine.pack_writer import PieceReader, ShardWriter, StoredPart
-from penstock.errors import ConfigError, OutputError, PenstockError
-from penstock.io.atomic import sync_directory, write_whole
+from penstock.errors import ConfigError, OutputError
+from penstock.io.atomic import naming, sync_directory
 from penstock.io.checkpoint import INDEX_FILE, Checkpoint
-from penstock.io.choose import ReaderName, open_reader
+from penstock.io.choose import open_reader
 from penstock.io.files import SourceFile, TensorEntry
 from penstock.io.memory import HostMemory
+from penstock.io.settings import ReadSettings
 from penstock.io.shard import shard_header
 from penstock.offload.buffers import DTYPES
 from penstock.offload.codec import ANY_LENGTH, Coding, PackOptions
@@ -73,7 +74,7 @@ def pack(
     out: str | os.PathLike[str],
     options: PackOptions,
     *,
-    io_backend: ReaderName = "auto",
+    settings: ReadSettings | None = None,
     shard_nbytes: int = SHARD_NBYTES,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
@@ -88,6 +89,8 @@ def pack(
     if (source / MANIFEST).exists():
         raise ConfigError("it is packed already", got=str(source), fix="Pack the model that it was made from.")
     checkpoint = Checkpoint.open(source)
+    if not checkpoint.tensors:
+        raise ConfigError("a checkpoint without tensors", got=str(source))
     linear = frozenset[str]() if options.codec == "exact" else linear_weights(load_model(source), checkpoint.tensors)
     shards = plan_pack(checkpoint.tensors.values(), options, linear, shard_nbytes=shard_nbytes)
     files = tuple(SourceRecord(file.path.name, file.nbytes, file.mtime_ns) for file in checkpoint.files)
@@ -99,7 +102,7 @@ def pack(
         if not place.is_whole:
             left = [one for shard in shards for one in shard.tensors if one.entry.name not in place.finished]
             check_space(out.parent, sum(one.expected_nbytes for one in left))
-            _Packer(place, options, on_progress, checkpoint.nbytes).run(shards, left, io_backend)
+            _Packer(place, options, on_progress, checkpoint.nbytes).run(shards, left, settings or ReadSettings())
             _finish(place, source, job, shards)
         place.publish()
     manifest = read_manifest(out)
@@ -132,12 +135,14 @@ class _Packer:
         self._total = total
         self._read = 0
 
-    def run(self, shards: Sequence[PlannedShard], left: Sequence[PlannedTensor], io_backend: ReaderName) -> None:
+    def run(self, shards: Sequence[PlannedShard], left: Sequence[PlannedTensor], settings: ReadSettings) -> None:
         """Write what is left of all shards; then all tensors are in the journal."""
         self._read = self._total - sum(one.entry.nbytes for one in left)
         largest = max((min(piece_nbytes(one.coding), one.entry.nbytes) for one in left), default=1)
         with HostMemory(PieceReader.memory_for(largest, num_regions=_REGIONS)) as memory:
-            reader, _ = open_reader(io_backend, shards[0].tensors[0].entry.file, memory.view)
+            reader, _ = open_reader(
+                settings.backend, shards[0].tensors[0].entry.file, memory.view, block_nbytes=settings.block_nbytes
+            )
             with reader, torch.inference_mode():
                 read = PieceReader(reader, memory.view, num_regions=_REGIONS)
                 with closing(read(_ranges(left))) as pieces:
@@ -146,7 +151,7 @@ class _Packer:
 
     def _write_shard(self, shard: PlannedShard, pieces: Iterator[memoryview]) -> None:
         place, end = self._place, shard.data_start
-        with _naming(place.directory), ShardWriter(place.directory / shard.name, place.note) as writer:
+        with naming(place.directory), ShardWriter(place.directory / shard.name, place.note) as writer:
             for tensor in shard.tensors:
                 known = place.finished.get(tensor.entry.name)
                 if known is None:
@@ -242,7 +247,7 @@ def _parts(entry: TensorEntry, coding: Coding | None, start: int) -> list[Stored
 
 def _finish(place: Workplace, source: Path, job: Job, shards: Sequence[PlannedShard]) -> None:
     """Add everything that is not weights: small files, the index, and the manifest, which is the last."""
-    with _naming(place.directory):
+    with naming(place.directory):
         copied = _copy_small_files(source, place.directory)
         if len(shards) > 1:
             _write_index(place, shards)
@@ -263,7 +268,7 @@ def _finish(place: Workplace, source: Path, job: Job, shards: Sequence[PlannedSh
             if (done := place.finished[one.entry.name])
         },
     )
-    write_whole(place.directory / MANIFEST, manifest_text(manifest))
+    _write(place.directory / MANIFEST, manifest_text(manifest))
 
 
 def _copy_small_files(source: Path, directory: Path) -> list[str]:
@@ -291,26 +296,18 @@ def _write_index(place: Workplace, shards: Sequence[PlannedShard]) -> None:
         "metadata": {"total_size": sum(nbytes for _, nbytes in stored.values())},
         "weight_map": {name: shard for name, (shard, _) in stored.items()},
     }
-    write_whole(place.directory / INDEX_FILE, json.dumps(index, indent=1))
+    _write(place.directory / INDEX_FILE, json.dumps(index, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file to the disk. While the journal is there a broken one does no harm: it is written again."""
+    with naming(path), path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _record(path: Path, checked_nbytes: int | None = None) -> FileRecord:
     with path.open("rb") as stream:
         content = stream.read() if checked_nbytes is None else stream.read(checked_nbytes)
     return FileRecord(path.stat().st_size, len(content), zlib.crc32(content))
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what the operating system says into an error that names the output."""
-    try:
-        yield
-    except PenstockError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            "cannot be written",
-            file=path,
-            got=error.strerror or str(error),
-            fix="Make room and run the same command again: it goes on where it stopped.",
-        ) from error
