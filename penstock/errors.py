@@ -7,6 +7,8 @@
     │   ├── MissingFileError       a file that the checkpoint needs is not there
     │   ├── TruncatedFileError     a file is shorter or longer than its header says
     │   ├── FileChangedError       a file is not the one whose header was read
+    │   ├── ManifestError          a packed checkpoint's manifest is wrong or disagrees with its files
+    │   ├── ChecksumError          bytes of a packed checkpoint are not those that were packed
     │   ├── UnsupportedFormatError a checkpoint without safetensors, or one quantised in a way we cannot read
     │   └── MissingWeightError     the model needs a parameter that the checkpoint does not hold
     ├── ModelError                 the model definition (also a ValueError)
@@ -41,12 +43,14 @@ from os import PathLike, fspath
 __all__ = [
     "BudgetError",
     "CheckpointError",
+    "ChecksumError",
     "ClosedError",
     "ConfigError",
     "DeviceError",
     "FileChangedError",
     "HeaderError",
     "IndexFileError",
+    "ManifestError",
     "MissingFileError",
     "MissingWeightError",
     "ModelError",
@@ -128,6 +132,14 @@ class TruncatedFileError(CheckpointError):
 
 class FileChangedError(CheckpointError):
     """A file is not, or no longer, the one whose header was read."""
+
+
+class ManifestError(CheckpointError):
+    """A packed checkpoint's manifest is wrong or disagrees with its files."""
+
+
+class ChecksumError(CheckpointError):
+    """Bytes of a packed checkpoint are not those that were packed."""
 
 
 class UnsupportedFormatError(CheckpointError):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import penstock
-from penstock.cli import bench, generate, profile
+from penstock.cli import bench, generate, pack, profile
 from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_to(commands)
     bench.add_to(commands)
+    pack.add_to(commands)
     profile.add_to(commands)
     for each in (parser, *commands.choices.values()):  # before or after the command's name
         default = 0 if each is parser else argparse.SUPPRESS

@@ -136,6 +136,7 @@ class LLM:
                     device=self._device,
                     settings=self._io,
                     trace=trace,
+                    checks=self._model.checks,
                 )
             )
             self._start_up.end("memory")

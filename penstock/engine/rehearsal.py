@@ -110,7 +110,7 @@ def _run(model: StreamedModel, executor: Executor, kv: KVStore, *, num_tokens: i
 def _conversion_peak(units: Sequence[Layout], *buffers: Tensor) -> int:
     """Return the most bytes that converting a unit on arrival takes beside its buffer, over units of each size."""
     peak = 0
-    for unit in {unit.nbytes: unit for unit in units if unit.conversions}.values():
+    for unit in {unit.nbytes: unit for unit in units if unit.conversions or unit.expansions}.values():
         buffer = next(buffer for buffer in buffers if buffer.numel() >= unit.nbytes)
         with torch.inference_mode(), _Watch() as watch:
             convert(unit, buffer)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from penstock.errors import OutputError
+from penstock.errors import OutputError, PenstockError
 from penstock.io.interrupts import held_back
 
 __all__ = ["appearing", "naming", "sync_directory", "write_whole"]
@@ -58,6 +58,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what the operating system says into an OutputError that names the file."""
     try:
         yield
+    except PenstockError:  # it has a name already
+        raise
     except OSError as error:
         raise OutputError("cannot write the output", file=path, got=error.strerror or str(error)) from error
 

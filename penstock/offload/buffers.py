@@ -1,13 +1,17 @@
-"""Units' buffers as tensors: views of them, and the conversions that run on arrival."""
+"""Units' buffers as tensors: views of them, and the expansions and conversions that run on arrival."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from penstock.kernels import exact, groupwise
+from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout, View
 
-__all__ = ["DTYPES", "convert", "dtype_name", "view_of"]
+__all__ = ["DTYPES", "convert", "dtype_name", "expand", "view_of"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -45,7 +49,11 @@ def view_of(buffer: Tensor, view: View) -> Tensor:
 
 
 def convert(layout: Layout, buffer: Tensor) -> None:
-    """Compute the converted parameters of a unit whose wire bytes have just arrived in `buffer`."""
+    """Compute the expanded and converted parameters of a unit whose wire bytes have just arrived in `buffer`."""
+    for expansion in layout.expansions:
+        count, step = expansion.count, expansion.step
+        parts = [_batch(buffer, part, count, step) for part in expansion.parts]
+        expand(expansion.coding, parts, _batch(buffer, expansion.target, count, expansion.target_step))
     if not layout.conversions:
         return
     targets = {view.name: view for view in layout.parameters}
@@ -53,3 +61,28 @@ def convert(layout: Layout, buffer: Tensor) -> None:
         results = conversion.convert(tuple(view_of(buffer, source) for source in conversion.sources))
         for name, result in zip(conversion.targets, results, strict=True):
             view_of(buffer, targets[name]).copy_(result)
+
+
+def expand(coding: Coding, parts: Sequence[Tensor], out: Tensor) -> None:
+    """Decode a batch of tensors: the parts of `coding` and `out` with a leading dim [B, ...] of any stride."""
+    if coding.codec == "exact":
+        low, code, table, start, extra = parts
+        exact.decode(low, code, table, start, extra, out=out.view(out.shape[0], coding.size))
+        return
+    assert coding.group_size is not None
+    codes, scale, *zero = parts
+    groupwise.dequantise(
+        codes,
+        scale,
+        zero[0] if zero else None,
+        out.view(out.shape[0], *coding.matrix),
+        bits=8 if coding.codec == "int8" else 4,
+        group_size=coding.group_size,
+    )
+
+
+def _batch(buffer: Tensor, first: View, count: int, step: int) -> Tensor:
+    """Return [count, *shape]: `first` of a flat uint8 buffer, and what lies `step` bytes further on each time."""
+    start = int(buffer.storage_offset()) + first.offset
+    flat = buffer.as_strided((count, first.nbytes), (step, 1), start)
+    return flat.view(DTYPES[first.dtype]).view(count, *first.shape)

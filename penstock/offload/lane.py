@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -23,6 +23,7 @@ from penstock.errors import ClosedError
 from penstock.io.memory import HostMemory
 from penstock.io.reader import Read, Reader, Ticket
 from penstock.offload.buffers import convert
+from penstock.offload.checks import Verification
 from penstock.offload.chunks import Chunk
 from penstock.offload.copies import Copies
 from penstock.offload.layout import Layout
@@ -35,8 +36,9 @@ __all__ = ["DiskLane", "Fetch", "Ring"]
 class Fetch:
     """Bring one unit from disk to `buffer`, whose first byte is byte `origin` of the unit's buffer.
 
-    With a `layout`, conversions run on arrival. `after` is a point of the computing that copies wait for. `arrived`
-    gets the point of the copies after which the unit is there. `name` and `lane` are what a trace calls its copies.
+    With a `layout`, expansions and conversions run on arrival. `verification` sees all bytes first. `after` is a point
+    of the computing that copies wait for. `arrived` gets the point of the copies after which the unit is there. `name`
+    and `lane` are what a trace calls its copies.
     """
 
     chunks: Sequence[Chunk]
@@ -45,6 +47,7 @@ class Fetch:
     copies: Copies
     layout: Layout | None = None
     after: Any = None
+    verification: Verification | None = None
     arrived: Future[Any] = field(default_factory=Future)
     name: str = ""
     lane: str = FROM_STAGING
@@ -86,6 +89,13 @@ class Ring:
             for read in chunk.reads
         ]
 
+    def verify(self, verification: Verification, chunk: Chunk, region: int) -> None:
+        """Compare a chunk that has landed with its checksums. Raises ChecksumError."""
+        base = region * self.region_nbytes
+        for read in chunk.reads:
+            start = base + read.staging
+            verification.landed(read.file, read.offset, self._view[start : start + read.nbytes])
+
     def empty(self, fetch: Fetch, chunk: Chunk, region: int) -> None:
         """Copy a chunk that has landed to its fetch's buffer."""
         base = region * self.region_nbytes
@@ -117,6 +127,7 @@ class DiskLane:
         self._trace = trace
         self._queue: SimpleQueue[Fetch | None] = SimpleQueue()
         self._closed = False
+        self._converter = ThreadPoolExecutor(1, thread_name_prefix="penstock-convert")
         self._thread = Thread(target=self._serve, name="penstock-disk", daemon=True)
         self._thread.start()
 
@@ -135,6 +146,7 @@ class DiskLane:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
+            self._converter.shutdown()
             self._ring.release()
 
     def _serve(self) -> None:
@@ -180,15 +192,29 @@ class DiskLane:
                 self._trace.add(f"{DISK} {region + 1}", fetch.name, submitted, now, bytes=chunk.read_nbytes)
             if fetch.arrived.done():
                 return
+            if fetch.verification is not None:
+                self._ring.verify(fetch.verification, item.chunk, region)
             with fetch.copies.issue():
                 if item.is_first:
                     fetch.copies.wait_for_computing(fetch.after)
                 with fetch.copies.traced(fetch.lane, fetch.name, bytes=chunk.nbytes):
                     self._ring.empty(fetch, chunk, region)
-                if item.is_last:
-                    if fetch.layout is not None:
-                        convert(fetch.layout, fetch.buffer)
-                    fetch.arrived.set_result(fetch.copies.mark())
+            if not item.is_last:
+                return
+            if fetch.verification is not None:
+                fetch.verification.finish()
+            if fetch.layout is None or fetch.copies.asynchronous:
+                _finish(fetch)
+            else:  # the CPU does it: go on reading meanwhile
+                self._converter.submit(_finish, fetch)
+
+
+def _finish(fetch: Fetch) -> None:
+    """Convert what has arrived, and say that it is there."""
+    with _failing(fetch), fetch.copies.issue():
+        if fetch.layout is not None:
+            convert(fetch.layout, fetch.buffer)
+        fetch.arrived.set_result(fetch.copies.mark())
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 A *unit* is one decoder layer, or the resident unit (embedding, final norm, head). Its buffer is one flat run of bytes:
 
-    0                    wire_offset                                  nbytes
-    | converted parameters | placed parameters | sources of conversions |
-                           '-------------------- wire ------------------'
+    0                              wire_offset                                             nbytes
+    | converted, expanded parameters | placed parameters | coded parts, sources of conversions |
+                                     '---------------------- wire -----------------------------'
 
-*Placed* parameters are made of the checkpoint's own bytes, moved and nothing else: nearly all of them. *Converted* ones
-(a cast, a transposition) are computed on the device from their sources right after these arrived. So what travels and
-rests, the wire bytes, is one contiguous run at the end of the buffer, whatever the parameters need.
+*Placed* parameters are made of the checkpoint's own bytes, moved and nothing else: nearly all of them, unless the
+checkpoint is packed. *Expanded* ones are decoded from coded parts, *converted* ones (a cast, a transposition) computed
+from their sources, on the device, right after these arrived. So what travels and rests, the wire bytes, is one
+contiguous run at the end of the buffer, whatever the parameters need.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.io.files import SourceFile
+from penstock.offload.codec import Coding
 
-__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Extent", "Layout", "View"]
+__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Expansion", "Extent", "Layout", "View"]
 
 PARAMETER_ALIGNMENT = 256
 """Every view starts on a multiple of this many bytes, whichever tier it comes from, so that kernels see the same
@@ -62,8 +64,27 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Expansion:
+    """Decode `count` tensors of one coding, such as the experts of a layer, in one go.
+
+    `parts` are the coded parts of the first, those of the next lie `step` bytes further on each; the first's values go
+    to `target`, the next's `target_step` bytes further on. A part of any length has room for the longest.
+    """
+
+    coding: Coding
+    parts: tuple[View, ...]
+    target: View
+    count: int = 1
+    step: int = PARAMETER_ALIGNMENT
+    target_step: int = PARAMETER_ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """One unit's buffer. `parameters` holds persistent buffers too; tied parameters appear once."""
+    """One unit's buffer. `parameters` holds persistent buffers too; tied parameters appear once.
+
+    On arrival the expansions run first, then the conversions, whose sources may be expanded ones.
+    """
 
     parameters: tuple[View, ...]
     extents: tuple[Extent, ...]
@@ -71,6 +92,7 @@ class Layout:
     wire_offset: int
     parameter_nbytes: int
     nbytes: int
+    expansions: tuple[Expansion, ...] = ()
 
     @property
     def wire_nbytes(self) -> int:

@@ -23,11 +23,13 @@ from penstock.io.memory import HostMemory
 from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
 from penstock.io.settings import NUM_REGIONS, ReadSettings
 from penstock.offload.buffers import convert
+from penstock.offload.checks import UnitChecks, verify_by_itself
 from penstock.offload.chunks import Chunk, plan_chunks
 from penstock.offload.clock import Stopwatch
 from penstock.offload.copies import Copies, copies_for
 from penstock.offload.lane import DiskLane, Fetch, Ring
 from penstock.offload.layout import Extent, Layout
+from penstock.offload.manifest import Check
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
 from penstock.offload.trace import INTO_HOST, STALLS, TO_DEVICE, Trace
@@ -75,7 +77,8 @@ class WeightStream:
     `load` must be called once before the first pass: it fills the tiers that keep their bytes. `resident` is the
     resident unit's buffer and `buffer_of` a layer's: flat uint8 tensors on `device`, at addresses that never change.
     A `reader` that is given is used and closed instead of the one that `settings` choose. Copies, reads and stalls go
-    into a `trace` that is given.
+    into a `trace` that is given. `checks` are the checksums of a packed checkpoint: what a unit's first arrival brings
+    is compared with them, else ChecksumError.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class WeightStream:
         settings: ReadSettings | None = None,
         reader: Reader | None = None,
         trace: Trace | None = None,
+        checks: Sequence[Check] = (),
     ) -> None:
         self._layouts = tuple(layers)
         self._resident_layout = resident
@@ -104,6 +108,11 @@ class WeightStream:
             self.resident = self._allocate(resident.nbytes, cleanup)
             self._place(plan, cleanup)
             self._open_disk(checkpoint, settings or ReadSettings(), reader, cleanup)
+            self._resident_checks = UnitChecks(self._resident_layout.extents, self._resident_chunks, checks)
+            self._checks = [
+                UnitChecks(layout.extents, chunks, checks)
+                for layout, chunks in zip(self._layouts, self._chunks, strict=True)
+            ]
             self._exit = cleanup.pop_all()
 
     def _allocate(self, nbytes: int, cleanup: ExitStack) -> Tensor:
@@ -178,14 +187,14 @@ class WeightStream:
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read what stays in the device and host tiers, then start on the first layers of a pass.
 
-        `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError or FileChangedError.
+        `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError, FileChangedError or
+        ChecksumError.
         """
+        for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
+            verify_by_itself(check)
         fetches = [self._fetch_from_disk(None, self.resident)]
         fetches += [self._fetch_from_disk(index, buffer) for index, buffer in self._own.items()]
-        into_host = Copies(self._trace)
-        for index in self._filled:
-            origin, name = self._layouts[index].wire_offset, f"layer {index}"
-            fetches.append(Fetch(self._chunks[index], self._rest[index], origin, into_host, name=name, lane=INTO_HOST))
+        fetches += [self._fetch_to_host(index) for index in self._filled]
         for fetch in fetches:
             self._lane.start(fetch)
         total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
@@ -199,12 +208,27 @@ class WeightStream:
             self._refill(slot, slot.cycle[0])
 
     def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
-        """Return the fetch of a layer, or of the resident unit, to its buffer on the device."""
-        chunks = self._resident_chunks if index is None else self._chunks[index]
-        layout = self._resident_layout if index is None else self._layouts[index]
+        """Return the fetch of a layer, or of the resident unit (None), to its buffer on the device."""
+        chunks: Sequence[Chunk]
+        if index is None:
+            chunks, layout, checks = self._resident_chunks, self._resident_layout, self._resident_checks
+        else:
+            chunks, layout, checks = self._chunks[index], self._layouts[index], self._checks[index]
         self._moved += sum(chunk.nbytes for chunk in chunks)
         name = "resident unit" if index is None else f"layer {index}"
-        return Fetch(chunks, buffer, 0, self._copies, layout, after, name=name)
+        return Fetch(chunks, buffer, 0, self._copies, layout, after, checks.begin(), name=name)
+
+    def _fetch_to_host(self, index: int) -> Fetch:
+        """Return the fetch of a layer to where it rests in host RAM."""
+        return Fetch(
+            self._chunks[index],
+            self._rest[index],
+            self._layouts[index].wire_offset,
+            Copies(self._trace),
+            verification=self._checks[index].begin(),
+            name=f"layer {index}",
+            lane=INTO_HOST,
+        )
 
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,7 @@ from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES, view_of
 from penstock.offload.layout import Layout
+from penstock.offload.manifest import Check, CodedTensor, open_stored
 
 __all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline", "read_json"]
 
@@ -59,7 +61,7 @@ class StreamedModel:
 
     `layers` are the decoder layers in order; `layer_layouts` says what each one's buffer holds, `resident` what that of
     all the rest holds. `splits_prompts` is false where a prompt must go through in one span. `adapters` names the code
-    of this package that runs in place of transformers' own.
+    of this package that runs in place of transformers' own. `checks` are the checksums of a packed checkpoint.
     """
 
     module: Any
@@ -73,6 +75,7 @@ class StreamedModel:
     context_length: int | None
     splits_prompts: bool
     adapters: tuple[str, ...]
+    checks: tuple[Check, ...]
     _aliases: Mapping[str, tuple[str, ...]]
     _inputs: Mapping[str, Any]
     _accepts: frozenset[str]
@@ -142,7 +145,9 @@ class Outline:
     needed: Callable[[str], bool]
 
 
-def outline(config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: Mapping[str, TensorEntry]) -> Outline:
+def outline(
+    config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: Mapping[str, TensorEntry | CodedTensor]
+) -> Outline:
     """Build the module that a config describes, in `dtype`, or with "auto" in the config's or that of `tensors`.
 
     Raises ModelError where transformers cannot build it, or it has no layers.
@@ -169,14 +174,14 @@ def load_model(
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
-    checkpoint = checkpoint or Checkpoint.open(directory)
-    made = outline(config, directory, dtype=dtype, tensors=checkpoint.tensors)
+    stored = open_stored(checkpoint or Checkpoint.open(directory))
+    made = outline(config, directory, dtype=dtype, tensors=stored.tensors)
     module, layers = made.module, made.layers
     adaptation = adapt(module, layers)
     _place_buffers(module, device)
     weights = map_weights(
         module,
-        checkpoint.tensors,
+        stored.tensors,
         directory=directory,
         layers=made.layers_name,
         num_layers=len(layers),
@@ -197,6 +202,7 @@ def load_model(
         context_length=getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None),
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
+        checks=tuple(stored.checks.values()),
         _aliases=weights.aliases,
         _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),
@@ -253,7 +259,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry]) -> torch.dtype:
+def _resolve_dtype(
+    dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry | CodedTensor]
+) -> torch.dtype:
     """Resolve "auto" as transformers does: the config's dtype, or else that of most of the checkpoint's bytes."""
     if dtype != "auto":
         chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
@@ -267,7 +275,7 @@ def _resolve_dtype(dtype: str | torch.dtype, config: Any, tensors: Mapping[str, 
     sizes: Counter[torch.dtype] = Counter()
     for entry in tensors.values():
         if DTYPES.get(entry.dtype) in _DTYPES.values():
-            sizes[DTYPES[entry.dtype]] += entry.nbytes
+            sizes[DTYPES[entry.dtype]] += math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 

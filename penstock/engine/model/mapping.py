@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor
 
 from penstock.engine.model.conversion import WeightGroup, group_weights, parameter_dtypes
+from penstock.engine.model.placement import Converted, Expanded, Piece, Placed, Sources, Target, lay_out, runs_of
 from penstock.engine.model.symbolic import Box, NotPureMovement, SymbolicTensor
 from penstock.errors import CheckpointError, MissingWeightError, UnsupportedFormatError
 from penstock.io.files import TensorEntry
-from penstock.offload.buffers import DTYPES, dtype_name
-from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Extent, Layout, View
+from penstock.offload.buffers import DTYPES
+from penstock.offload.layout import Layout
+from penstock.offload.manifest import CodedTensor
 
 __all__ = ["WeightMap", "map_weights"]
 
@@ -40,47 +41,9 @@ class WeightMap:
     aliases: dict[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A parameter made of checkpoint bytes that only move."""
-
-    target: _Target
-    boxes: tuple[Box, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Converted:
-    """Parameters that transformers' own operations make from real tensors."""
-
-    group: WeightGroup
-    targets: tuple[_Target, ...]
-    reason: str
-
-    def __call__(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Cast first, as transformers does when it loads, then convert."""
-        if not self.group.renames_only:
-            tensors = tuple(tensor.to(self.targets[0].dtype) for tensor in tensors)
-        made = self.group.convert(tensors)
-        return tuple(made[target.name] for target in self.targets)
-
-
-_Piece = _Placed | _Converted
-
-
 def map_weights(
     model: Any,
-    tensors: Mapping[str, TensorEntry],
+    tensors: Sources,
     *,
     directory: Path,
     layers: str,
@@ -96,7 +59,7 @@ def map_weights(
     """
     dtypes = parameter_dtypes(model, dtype)
     targets = {
-        name: _Target(name, dtypes[name], tuple(tensor.shape))
+        name: Target(name, dtypes[name], tuple(tensor.shape))
         for name, tensor in model.state_dict().items()
         if needed(name)
     }
@@ -116,17 +79,17 @@ def map_weights(
     duplicates = provided & {alias for names in aliases.values() for alias in names}
     units = _assign(pieces, aliases, duplicates, layers)
     return WeightMap(
-        resident=_lay_out(units[-1], tensors),
-        layers=tuple(_lay_out(units[index], tensors) for index in range(num_layers)),
+        resident=lay_out(units[-1], tensors),
+        layers=tuple(lay_out(units[index], tensors) for index in range(num_layers)),
         aliases=aliases,
     )
 
 
-def _targets(piece: _Piece) -> tuple[_Target, ...]:
-    return (piece.target,) if isinstance(piece, _Placed) else piece.targets
+def _targets(piece: Piece) -> tuple[Target, ...]:
+    return piece.targets if isinstance(piece, Converted) else (piece.target,)
 
 
-def _follow(group: WeightGroup, tensors: Mapping[str, TensorEntry], targets: Mapping[str, _Target]) -> list[_Piece]:
+def _follow(group: WeightGroup, tensors: Sources, targets: Mapping[str, Target]) -> list[Piece]:
     """Find out how a group makes its parameters: by moving bytes, or by a conversion."""
     entries = [tensors[name] for name in group.sources]
     symbols = [SymbolicTensor.of(entry.name, entry.shape, _dtype(entry)) for entry in entries]
@@ -143,12 +106,41 @@ def _follow(group: WeightGroup, tensors: Mapping[str, TensorEntry], targets: Map
         if name in targets and tuple(tensor.shape) != targets[name].shape:
             raise _misfit(group, entries, targets[name], tuple(tensor.shape))
     wanted = [targets[name] for name in made if name in targets]
-    if reason is not None:
-        return [_Converted(group, tuple(wanted), reason)]
-    return [_Placed(target, made[target.name].boxes) for target in wanted]  # type: ignore[attr-defined]
+    if reason is None:
+        moved = [_move(target, made[target.name], tensors) for target in wanted]
+        pieces = [piece for piece in moved if piece is not None]
+        if len(pieces) == len(wanted):
+            return pieces
+        reason = "coded tensors that do not move as a whole"
+    return [Converted(group, tuple(wanted), reason)]
 
 
-def _convert(group: WeightGroup, entries: Sequence[TensorEntry], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+def _move(target: Target, tensor: Tensor, tensors: Sources) -> Piece | None:
+    """Return a parameter whose bytes only move: as they are, or expanded on arrival; None where that cannot be."""
+    assert isinstance(tensor, SymbolicTensor)
+    coded = [box for box in tensor.boxes if isinstance(tensors[box.source], CodedTensor)]
+    if not coded:
+        return Placed(target, tensor.boxes)
+    starts = [_whole(box, tensor.shape, tensors) for box in tensor.boxes]
+    names = [box.source for box in tensor.boxes]
+    if len(coded) < len(names):
+        return None
+    runs = tuple((name, start) for name, start in zip(names, starts, strict=True) if start is not None)
+    return Expanded(target, runs) if len(runs) == len(names) else None
+
+
+def _whole(box: Box, shape: Sequence[int], tensors: Sources) -> int | None:
+    """Return where in the parameter a source begins, if the box is all of it, in order, and fills one run there."""
+    run, outer = runs_of(box, shape)
+    if outer or box.view.storage_offset() or run != math.prod(tensors[box.source].shape):
+        return None
+    steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return sum(index * step for index, step in zip(box.start, steps, strict=True))
+
+
+def _convert(
+    group: WeightGroup, entries: Sequence[TensorEntry | CodedTensor], tensors: Sequence[Tensor]
+) -> dict[str, Tensor]:
     try:
         return group.convert(tensors)
     except (ValueError, RuntimeError, IndexError) as error:
@@ -160,7 +152,7 @@ def _convert(group: WeightGroup, entries: Sequence[TensorEntry], tensors: Sequen
         ) from error
 
 
-def _dtype(entry: TensorEntry) -> torch.dtype:
+def _dtype(entry: TensorEntry | CodedTensor) -> torch.dtype:
     if entry.dtype not in DTYPES:
         raise UnsupportedFormatError(
             f"tensor {entry.name!r} has a dtype that torch does not have", file=entry.file.path, got=entry.dtype
@@ -169,7 +161,7 @@ def _dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def _misfit(
-    group: WeightGroup, entries: Sequence[TensorEntry], target: _Target, got: tuple[int, ...]
+    group: WeightGroup, entries: Sequence[TensorEntry | CodedTensor], target: Target, got: tuple[int, ...]
 ) -> CheckpointError:
     return CheckpointError(
         f"tensor {entries[0].name!r} does not fit parameter {target.name!r}",
@@ -180,7 +172,7 @@ def _misfit(
     )
 
 
-def _obstacle(tensor: Tensor, target: _Target | None) -> str | None:
+def _obstacle(tensor: Tensor, target: Target | None) -> str | None:
     """Say why a tensor that is pure movement is better converted, if it is."""
     assert isinstance(tensor, SymbolicTensor)
     if target is None:
@@ -188,21 +180,11 @@ def _obstacle(tensor: Tensor, target: _Target | None) -> str | None:
     if tensor.dtype != target.dtype:
         return f"cast from {tensor.dtype} to {target.dtype}"
     for box in tensor.boxes:
-        run, outer = _runs(box, tensor.shape)
+        run, outer = runs_of(box, tensor.shape)
         num_runs = math.prod(count for count, _, _ in outer)
         if num_runs > _MAX_RUNS or (num_runs > _FEW_RUNS and run * tensor.element_size() < MIN_RUN_NBYTES):
             return f"{num_runs} runs of {run * tensor.element_size()} bytes"
     return None
-
-
-def _runs(box: Box, shape: Sequence[int]) -> tuple[int, list[tuple[int, int, int]]]:
-    """Take a box apart: elements of a contiguous run, and (count, source stride, destination stride) of outer dims."""
-    steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    dims = [dim for dim in zip(box.view.shape, box.view.stride(), steps, strict=True) if dim[0] != 1]
-    run = 1
-    while dims and dims[-1][1] == run and dims[-1][2] == run:
-        run *= dims.pop()[0]
-    return run, dims
 
 
 def _share(model: Any, provided: set[str], needed: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
@@ -254,10 +236,10 @@ def _check_missing(model: Any, directory: Path, missing: set[str]) -> None:
 
 
 def _assign(
-    pieces: Iterable[_Piece], aliases: Mapping[str, tuple[str, ...]], duplicates: set[str], layers: str
-) -> dict[int, list[_Piece]]:
+    pieces: Iterable[Piece], aliases: Mapping[str, tuple[str, ...]], duplicates: set[str], layers: str
+) -> dict[int, list[Piece]]:
     """Sort pieces by unit: the layer's index, or -1 for the resident unit, where what layers share goes too."""
-    units: dict[int, list[_Piece]] = defaultdict(list)
+    units: dict[int, list[Piece]] = defaultdict(list)
 
     def unit(name: str) -> int:
         found = {
@@ -267,94 +249,11 @@ def _assign(
         return found.pop() if len(found) == 1 else -1
 
     for piece in pieces:
-        by_unit: dict[int, list[_Target]] = defaultdict(list)
+        by_unit: dict[int, list[Target]] = defaultdict(list)
         for target in _targets(piece):
             if target.name not in duplicates:
                 by_unit[unit(target.name)].append(target)
         for index, targets in by_unit.items():
-            part = piece if isinstance(piece, _Placed) else _Converted(piece.group, tuple(targets), piece.reason)
+            part = Converted(piece.group, tuple(targets), piece.reason) if isinstance(piece, Converted) else piece
             units[index].append(part)
     return units
-
-
-def _lay_out(pieces: Sequence[_Piece], tensors: Mapping[str, TensorEntry]) -> Layout:
-    """Lay out one unit: converted parameters, placed ones in the order of their bytes on disk, sources."""
-    cursor = 0
-
-    def view(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> View:
-        nonlocal cursor
-        made = View(name, dtype, shape, cursor, nbytes)
-        cursor = _aligned(cursor + nbytes)
-        return made
-
-    converted = [piece for piece in pieces if isinstance(piece, _Converted)]
-    placed = sorted((piece for piece in pieces if isinstance(piece, _Placed)), key=lambda piece: _place(piece, tensors))
-    parameters = [
-        view(target.name, dtype_name(target.dtype), target.shape, target.nbytes)
-        for one in converted
-        for target in one.targets
-    ]
-    extents: list[Extent] = []
-    conversions = []
-    wire_offset = cursor
-    for piece in placed:
-        target = piece.target
-        parameters.append(view(target.name, dtype_name(target.dtype), target.shape, target.nbytes))
-        extents.extend(_extents(piece, parameters[-1].offset, tensors))
-    parameter_nbytes = cursor
-    for one in converted:
-        sources = []
-        for entry in (tensors[name] for name in one.group.sources):
-            sources.append(view(entry.name, entry.dtype, entry.shape, entry.nbytes))
-            extents.append(Extent(entry.file, entry.offset, entry.nbytes, sources[-1].offset))
-        conversions.append(Conversion(tuple(target.name for target in one.targets), tuple(sources), one, one.reason))
-    return Layout(tuple(parameters), _merged(extents), tuple(conversions), wire_offset, parameter_nbytes, cursor)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
-
-
-def _place(piece: _Placed, tensors: Mapping[str, TensorEntry]) -> tuple[str, int]:
-    """Where on disk a parameter begins."""
-    places = ((tensors[box.source], box.view) for box in piece.boxes)
-    return min(
-        (
-            (str(entry.file.path), entry.offset + int(view.storage_offset()) * view.element_size())
-            for entry, view in places
-        ),
-        default=("", 0),
-    )
-
-
-def _extents(piece: _Placed, destination: int, tensors: Mapping[str, TensorEntry]) -> Iterator[Extent]:
-    shape, itemsize = piece.target.shape, piece.target.dtype.itemsize
-    steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    for box in piece.boxes:
-        entry = tensors[box.source]
-        run, outer = _runs(box, shape)
-        start = sum(index * step for index, step in zip(box.start, steps, strict=True))
-        for indices in itertools.product(*(range(count) for count, _, _ in outer)):
-            moves = list(zip(indices, outer, strict=True))
-            source = int(box.view.storage_offset()) + sum(index * stride for index, (_, stride, _) in moves)
-            target = start + sum(index * step for index, (_, _, step) in moves)
-            yield Extent(entry.file, entry.offset + source * itemsize, run * itemsize, destination + target * itemsize)
-
-
-def _merged(extents: Iterable[Extent]) -> tuple[Extent, ...]:
-    """Join extents that are neighbours both on disk and in the buffer; drop empty ones."""
-    merged: list[Extent] = []
-    for extent in sorted(extents, key=lambda extent: (str(extent.file.path), extent.source, extent.destination)):
-        last = merged[-1] if merged else None
-        if extent.nbytes == 0:
-            continue
-        if (
-            last is not None
-            and last.file == extent.file
-            and last.source + last.nbytes == extent.source
-            and last.destination + last.nbytes == extent.destination
-        ):
-            merged[-1] = Extent(last.file, last.source, last.nbytes + extent.nbytes, last.destination)
-        else:
-            merged.append(extent)
-    return tuple(merged)

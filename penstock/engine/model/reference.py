@@ -17,6 +17,9 @@ from penstock.engine.model.build import factory_for
 from penstock.errors import BudgetError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
+from penstock.offload.buffers import DTYPES
+from penstock.offload.decode import read_all
+from penstock.offload.manifest import open_stored
 from penstock.offload.tiers import format_size
 
 __all__ = ["Reference", "load_reference"]
@@ -55,9 +58,10 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    stored = Checkpoint.open(path).tensors.values()
+    packed = open_stored(Checkpoint.open(path))
+    stored = packed.tensors.values()
     size = None if dtype == "auto" else getattr(torch, dtype).itemsize
-    needed = sum(entry.nbytes if size is None else math.prod(entry.shape) * size for entry in stored)
+    needed = sum(math.prod(entry.shape) * (size or DTYPES[entry.dtype].itemsize) for entry in stored)
     free = {"host": available_memory()}  # transformers loads there first
     if device != "cpu":
         free["device"] = torch.cuda.mem_get_info(device)[0]
@@ -71,5 +75,10 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
                 fix="Verify a smaller model of the same family.",
             )
     logging.disable_progress_bar()
-    module = factory_for(config).from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    if packed.checks:  # transformers gets what the parts stand for
+        with torch.device("meta"):
+            kind = type(factory_for(config).from_config(config, trust_remote_code=False))
+        module = kind.from_pretrained(None, config=config, state_dict=dict(read_all(packed)), dtype=dtype)
+    else:
+        module = factory_for(config).from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     return Reference(module.to(device).eval())

@@ -1,0 +1,144 @@
+"""`penstock pack` and `penstock quality`: smaller weights, and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from penstock.cli.output import ProgressLine
+from penstock.cli.settings import add_read_options, read_settings
+from penstock.offload.codec import GROUP_SIZES, PackOptions
+from penstock.offload.tiers import format_size
+
+if TYPE_CHECKING:
+    from penstock.engine.quality import LayerError, Perplexity
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands to the parser's sub-commands."""
+    parser = commands.add_parser(
+        "pack",
+        help="make a smaller checkpoint",
+        description="Code the weights of a checkpoint: bit for bit, or as small integers. After an interruption, the "
+        "same command goes on where it stopped.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_pack)
+    parser.add_argument("model", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("out", help="directory to make; `penstock generate` takes it like any other")
+    parser.add_argument("--codec", required=True, choices=("exact", "int8", "int4"), help="exact loses nothing")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=GROUP_SIZES,
+        help="weights that share a scale (default: 128 for int8, 64 for int4)",
+    )
+    parser.add_argument(
+        "--symmetric",
+        action=argparse.BooleanOptionalAction,
+        help="groups without zero points (default: for int8, not for int4)",
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="try several scales for each group and keep the best; slow"
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave these tensors as they are; may be repeated",
+    )
+    add_read_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser = commands.add_parser(
+        "quality",
+        help="compare a packed checkpoint with its model",
+        description="Show the error of every layer's weights, and the perplexity of a text with either model.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run_quality)
+    parser.add_argument("model", help="the checkpoint that was packed")
+    parser.add_argument("packed", help="what `penstock pack` made of it")
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text to compute the perplexity of; both models must fit memory"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_pack(options: argparse.Namespace) -> int:
+    """Run `penstock pack`."""
+    choice = PackOptions(
+        options.codec,
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        search=options.search or None,
+        exclude=tuple(options.exclude),
+    ).resolved()
+    from penstock.engine.pack import pack  # noqa: PLC0415 - torch takes seconds to import; --help must not
+
+    progress = ProgressLine()
+    report = pack(
+        options.model,
+        options.out,
+        choice,
+        settings=read_settings(options, options.model),
+        on_progress=lambda done, total: progress.show(f"packed {format_size(done)} of {format_size(total)}"),
+    )
+    progress.clear()
+    if options.json:
+        print(json.dumps(report.as_dict()))
+        return 0
+    print(
+        f"{options.out}: {format_size(report.packed_nbytes)} of {format_size(report.source_nbytes)} "
+        f"({report.packed_nbytes / max(report.source_nbytes, 1):.3f}), {report.num_coded} tensors {report.codec}, "
+        f"{report.num_plain} as they were, {report.seconds:.1f} s"
+    )
+    return 0
+
+
+def run_quality(options: argparse.Namespace) -> int:
+    """Run `penstock quality`."""
+    from penstock.engine import quality  # noqa: PLC0415
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # a text longer than the context is meant
+    errors = quality.layer_errors(options.model, options.packed)
+    found = (
+        quality.perplexity(options.model, options.packed, options.text, dtype=options.dtype, device=options.device)
+        if options.text
+        else None
+    )
+    print(json.dumps(_as_dict(errors, found)) if options.json else _explain(errors, found))
+    return 0
+
+
+def _as_dict(errors: list[LayerError], found: Perplexity | None) -> dict[str, Any]:
+    made: dict[str, Any] = {"layers": [one.as_dict() for one in errors]}
+    if found:
+        made["perplexity"] = {
+            "tokens": found.num_tokens,
+            "model": found.model,
+            "packed": found.packed,
+            "change": found.change,
+        }
+    return made
+
+
+def _explain(errors: list[LayerError], found: Perplexity | None) -> str:
+    lines = ["layer  tensors  relative error  worst tensor"]
+    lines += [
+        f"{'-' if one.layer is None else one.layer:>5}  {one.num_tensors:>7}  {one.error:>14.6f}  "
+        f"{one.worst} {one.worst_error:.6f}"
+        for one in errors
+    ]
+    if found:
+        lines.append(
+            f"perplexity of {found.num_tokens} tokens: {found.model:.4f}, packed {found.packed:.4f} "
+            f"({found.change * 100:+.3f} %)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""Which tensors bear coarser numbers: the weights of linear layers and experts inside decoder layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from penstock.engine.model.build import StreamedModel
+from penstock.engine.model.conversion import group_weights
+from penstock.engine.model.placement import Sources
+
+__all__ = ["linear_weights"]
+
+_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+"""Names of modules that choose experts: small, and a wrong choice costs more than a coarse weight."""
+
+
+def linear_weights(model: StreamedModel, tensors: Sources) -> frozenset[str]:
+    """Return the names of checkpoint tensors that make such weights; no routers, norms, embeddings or heads."""
+    inside = {id(part) for layer in model.layers for part in layer.modules()}
+    groups, _ = group_weights(model.module, tensors)
+    return frozenset(
+        name
+        for group in groups
+        if _is_linear(model.module, group.target, inside)
+        for name in group.sources
+        if len(tensors[name].shape) >= 2
+    )
+
+
+def _is_linear(module: Any, target: str, inside: set[int]) -> bool:
+    path, _, leaf = target.rpartition(".")
+    owner = module.get_submodule(path)
+    if id(owner) not in inside or _ROUTERS & set(path.split(".")):
+        return False
+    if isinstance(owner, (nn.Linear, Conv1D)):
+        return leaf == "weight"
+    fused_experts: bool = getattr(owner, leaf).dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd)
+    return fused_experts

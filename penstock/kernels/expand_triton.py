@@ -1,0 +1,148 @@
+"""Expansion of coded weights on CUDA: each program makes one run of values and writes it once.
+
+Batches are the leading dim of every tensor, with any stride, so that hundreds of experts are one launch. `exact` and
+`groupwise` hold the references with the same arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["decode_exact", "dequantise"]
+
+EXACT_BLOCK = 1024
+MAX_COLUMNS = 1024
+
+
+def decode_exact(low: Tensor, code: Tensor, table: Tensor, start: Tensor, extra: Tensor, *, out: Tensor) -> None:
+    """Launch the decoder of `exact.decode`."""
+    if not out.numel():
+        return
+    count, size = out.shape
+    grid = (triton.cdiv(size, EXACT_BLOCK), count)
+    with torch.cuda.device(out.device):
+        _decode_exact[grid](
+            low,
+            code,
+            table,
+            start,
+            extra,
+            out.view(torch.int16),
+            size,
+            extra.shape[1],
+            low.stride(0),
+            code.stride(0),
+            table.stride(0),
+            start.stride(0),
+            extra.stride(0),
+            out.stride(0),
+            BLOCK=EXACT_BLOCK,
+        )
+
+
+@triton.jit
+def _decode_exact(
+    low: Any,
+    code: Any,
+    table: Any,
+    start: Any,
+    extra: Any,
+    out: Any,
+    size: Any,
+    num_extra: Any,
+    low_step: Any,
+    code_step: Any,
+    table_step: Any,
+    start_step: Any,
+    extra_step: Any,
+    out_step: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    item = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    rest = tl.load(low + item * low_step + at, mask=inside, other=0).to(tl.int32)
+    pair = tl.load(code + item * code_step + at // 2, mask=inside, other=0).to(tl.int32)
+    one = (pair >> ((at % 2) * 4).to(tl.int32)) & 15
+    exponent = tl.load(table + item * table_step + one).to(tl.int32)
+    escaped = (one == 15) & inside
+    before = tl.load(start + item * start_step + block)
+    place = before + tl.cumsum(escaped.to(tl.int32), 0) - 1
+    stored = escaped & (place >= 0) & (place < num_extra)
+    exponent = tl.where(
+        escaped, tl.load(extra + item * extra_step + place, mask=stored, other=0).to(tl.int32), exponent
+    )
+    bits = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+    tl.store(out + item * out_step + at, bits.to(tl.int16), mask=inside)
+
+
+def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, bits: int, group_size: int) -> None:
+    """Launch the decoder of `groupwise.dequantise`."""
+    if not out.numel():
+        return
+    count, rows, columns = out.shape
+    block = min(MAX_COLUMNS, triton.next_power_of_2(columns))
+    across = triton.cdiv(columns, block)
+    with torch.cuda.device(out.device):
+        _dequantise[rows * across, count](
+            codes,
+            scale,
+            scale if zero is None else zero,
+            out,
+            columns,
+            across,
+            group_size,
+            codes.shape[2],
+            scale.shape[2],
+            codes.stride(0),
+            scale.stride(0),
+            0 if zero is None else zero.stride(0),
+            out.stride(0),
+            BITS=bits,
+            HAS_ZERO=zero is not None,
+            BLOCK=block,
+        )
+
+
+@triton.jit
+def _dequantise(
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    out: Any,
+    columns: Any,
+    across: Any,
+    group_size: Any,
+    code_columns: Any,
+    num_groups: Any,
+    codes_step: Any,
+    scale_step: Any,
+    zero_step: Any,
+    out_step: Any,
+    BITS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    item = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // across).to(tl.int64)
+    column = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    codes += item * codes_step + row * code_columns
+    if BITS == 4:
+        pair = tl.load(codes + column // 2, mask=inside, other=0).to(tl.int32)
+        code = (pair >> ((column % 2) * 4)) & 15
+    else:
+        code = tl.load(codes + column, mask=inside, other=0).to(tl.int32)
+    group = row * num_groups + column // group_size
+    if HAS_ZERO:
+        code -= tl.load(zero + item * zero_step + group, mask=inside, other=0).to(tl.int32)
+    elif BITS == 4:
+        code -= 8
+    value = code.to(tl.float32) * tl.load(scale + item * scale_step + group, mask=inside, other=0).to(tl.float32)
+    tl.store(out + item * out_step + row * columns + column, value.to(out.dtype.element_ty), mask=inside)

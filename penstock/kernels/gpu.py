@@ -1,0 +1,22 @@
+"""Find the Triton kernels, which only machines with a GPU need and have."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import lru_cache
+from types import ModuleType
+
+__all__ = ["triton_kernels"]
+
+logger = logging.getLogger("penstock.kernels")
+
+
+@lru_cache(maxsize=1)
+def triton_kernels() -> ModuleType | None:
+    """Return the module of kernels, or None, logged once, where Triton is missing: then plain torch does the work."""
+    try:
+        return importlib.import_module("penstock.kernels.expand_triton")
+    except ImportError as error:
+        logger.warning("weights are expanded with plain torch operations, which is slow: %s", error)
+        return None
