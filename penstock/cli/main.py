@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import penstock
-from penstock.cli import generate, profile
+from penstock.cli import batch, generate, profile, score
 from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_to(commands)
+    batch.add_to(commands)
+    score.add_to(commands)
     profile.add_to(commands)
     for each in (parser, *commands.choices.values()):  # before or after the command's name
         default = 0 if each is parser else argparse.SUPPRESS

@@ -13,20 +13,6 @@ __all__ = ["Progress", "RunReport", "Traffic"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands."""
-
-    num_requests: int
-    num_finished: int
-    num_running: int
-    prompt_tokens: int
-    generated_tokens: int
-    expected_tokens: int
-    seconds: float
-    streamed_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes and seconds of the links during a run.
 
@@ -50,6 +36,20 @@ class Traffic:
             stall_seconds=after.stall_seconds - before.stall_seconds,
             buffered_reads=after.disk.buffered_reads - before.disk.buffered_reads,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands; of requests from an iterator, those that were read."""
+
+    num_requests: int
+    num_finished: int
+    num_running: int
+    prompt_tokens: int
+    generated_tokens: int
+    expected_tokens: int
+    seconds: float
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,9 @@ class RunReport:
         disk, seconds = self.traffic, self.seconds or 1.0
         rate = disk.disk_bytes / disk.disk_busy_seconds / 1e9 if disk.disk_busy_seconds else 0.0
         lines = [
-            f"{self.generated_tokens} tokens for {self.num_requests} prompts in {self.seconds:.2f} s "
-            f"({self.tokens_per_second:.1f} tokens/s, {self.num_passes} passes, up to {self.peak_sequences} at once)",
+            f"{self.generated_tokens} tokens for {self.num_requests} prompts of {self.prompt_tokens} tokens in "
+            f"{self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s, {self.num_passes} passes, "
+            f"up to {self.peak_sequences} at once)",
             f"nvme → host    {disk.disk_bytes / 1e6:.1f} MB in this run, {rate:.2f} GB/s while reading; "
             f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "

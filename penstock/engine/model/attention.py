@@ -99,7 +99,9 @@ def attend_spans(
             for span, end in zip(batch.spans, ends, strict=True)
         ]
     else:
-        rows = [batch.kv.read(shared, span.sequence) for span in batch.spans]
+        rows = [  # the owner may have stored later tokens, of the next micro-batch of the same pass
+            tuple(kept[: span.end] for kept in batch.kv.read(shared, span.sequence)) for span in batch.spans
+        ]
     chunked = rule.chunk is not None and max(span.end for span in batch.spans) > rule.chunk
     one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
     if rule.plain and not chunked and not one_prompt and can_attend_together(query, value):
