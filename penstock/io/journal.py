@@ -244,8 +244,10 @@ class Journal:
             raise ClosedError("the journal is closed")
 
     def close(self) -> None:
-        """Give the file back; what was not committed is dropped."""
+        """Give the file back; what was not committed is dropped. A journal without entries leaves no file."""
         if self._descriptor >= 0:
+            if self._start and not self._count and not self.finished:
+                self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -393,3 +393,12 @@ def test_a_signal_while_the_model_loads_ends_before_the_first_pass(batch, monkey
     status, err = batch()
     assert status == 143
     assert "stopped with 0 of 1 lines done" in err
+    assert not batch.part.exists()
+
+
+def test_a_model_that_is_not_there_leaves_nothing(batch, tmp_path):
+    batch.write([request(1)])
+    status, err = batch("--model", tmp_path / "none")
+    assert status == 1
+    assert "MissingFileError" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
