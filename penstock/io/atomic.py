@@ -49,7 +49,8 @@ def appearing(path: Path, *, sibling: Path | None = None) -> Iterator[TextIO]:
             with suppress(OSError):  # what could not be written cannot be flushed now either
                 stream.close()
         if hidden is not None:
-            hidden.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that fails may refuse this too; its first error is the one to tell
+                hidden.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -112,7 +112,8 @@ class Journal:
             self._sync()
             sync_directory(self.path.parent)
         except OSError:
-            self.path.unlink()
+            with suppress(OSError):
+                self.path.unlink()
             raise
 
     def _not_ours(self, first: bytes, job: Mapping[str, Any]) -> JournalError:
@@ -234,9 +235,12 @@ class Journal:
                     yield entry[1]
 
     def remove(self) -> None:
-        """Delete the file and close."""
+        """Delete the file and close. Raises OutputError."""
         self._check_open()
-        self.path.unlink()
+        try:
+            self.path.unlink()
+        except OSError as error:
+            raise OutputError("the journal cannot be removed", file=self.path, got=error.strerror) from error
         self.close()
 
     def _check_open(self) -> None:
@@ -247,7 +251,8 @@ class Journal:
         """Give the file back; what was not committed is dropped. A journal without entries leaves no file."""
         if self._descriptor >= 0:
             if self._start and not self._count and not self.finished:
-                self.path.unlink(missing_ok=True)
+                with suppress(OSError):  # it only says whose job it was
+                    self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -152,3 +152,31 @@ def test_a_power_cut_loses_nothing_acknowledged(image):
                 os.close(descriptor)
     with mounted("-o", "loop", file, at=at):
         assert_kept(path, acknowledged)
+
+
+def test_a_disk_that_fails_while_a_file_appears_is_named(image):
+    from penstock.io.atomic import appearing
+
+    file, at = image
+    with mounted("-o", "loop", file, at=at):
+        with pytest.raises(OutputError, match="Input/output error"), appearing(at / "out") as stream:
+            stream.write("x" * 1000)
+            descriptor = os.open(at, os.O_RDONLY)
+            fcntl.ioctl(descriptor, SHUTDOWN, NO_LOG_FLUSH)
+            os.close(descriptor)
+        journal = at / "out.part"
+        with pytest.raises(OutputError, match="Input/output error"):
+            Journal.open(journal, JOB)
+
+
+def test_a_journal_that_cannot_be_removed_is_named(image):
+    file, at = image
+    with mounted("-o", "loop", file, at=at), Journal.open(at / "out.part", JOB) as journal:
+        journal.append(1, b"one")
+        journal.finish()
+        descriptor = os.open(at, os.O_RDONLY)
+        fcntl.ioctl(descriptor, SHUTDOWN, NO_LOG_FLUSH)
+        os.close(descriptor)
+        with pytest.raises(OutputError, match="cannot be removed"):
+            journal.remove()
+        journal.close()
