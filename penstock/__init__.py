@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penstock.engine.llm import LLM
-    from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput, ScoreOutput
+    from penstock.engine.request import Request, ScoreRequest
     from penstock.engine.sampling_params import SamplingParams
     from penstock.errors import PenstockError
     from penstock.io.settings import ReadSettings
@@ -20,8 +21,11 @@ __all__ = [
     "MemoryTiers",
     "PenstockError",
     "ReadSettings",
+    "Request",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
+    "ScoreRequest",
 ]
 
 __version__ = "0.1.0"
@@ -33,8 +37,11 @@ _HOMES = {
     "MemoryTiers": "penstock.offload.tiers",
     "PenstockError": "penstock.errors",
     "ReadSettings": "penstock.io.settings",
+    "Request": "penstock.engine.request",
     "RequestOutput": "penstock.engine.outputs",
     "SamplingParams": "penstock.engine.sampling_params",
+    "ScoreOutput": "penstock.engine.outputs",
+    "ScoreRequest": "penstock.engine.request",
 }
 
 

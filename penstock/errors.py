@@ -25,6 +25,7 @@
     │   ├── PromptTooLongError     prompt plus new tokens exceed the model's context
     │   └── PromptFileError        the file of prompts: unreadable, empty, or a bad line (with its number)
     ├── OutputError                a result cannot be written (also an OSError)
+    ├── JournalError               a journal is another job's, damaged, or in use (also a ValueError)
     ├── ReadError                  the disk could not deliver bytes (also an OSError)
     ├── WriteError                 the disk could not take bytes (also an OSError)
     ├── TargetError                what was to be profiled cannot be (also an OSError)
@@ -50,6 +51,7 @@ __all__ = [
     "FileChangedError",
     "HeaderError",
     "IndexFileError",
+    "JournalError",
     "ManifestError",
     "MissingFileError",
     "MissingWeightError",
@@ -204,6 +206,10 @@ class PromptFileError(RequestError):
 
 class OutputError(PenstockError, OSError):
     """A result cannot be written."""
+
+
+class JournalError(PenstockError, ValueError):
+    """A journal is another job's, damaged, or in use."""
 
 
 class ReadError(PenstockError, OSError):

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.options import add_memory, tiers_of
 from penstock.cli.output import ProgressLine, check_output
-from penstock.cli.settings import add_read_options, read_settings
+from penstock.cli.settings import read_settings
 from penstock.errors import ConfigError
 from penstock.io.interrupts import held_back
-from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.tiers import format_size
 from penstock.offload.trace import Trace
 
 if TYPE_CHECKING:
@@ -57,25 +58,11 @@ def add_to(commands: Any) -> None:
     work.add_argument("--gen-len", type=int, default=32, metavar="N", help="default: %(default)s")
     work.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: %(default)s")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts")
-    memory = parser.add_argument_group("memory")
-    memory.add_argument("--device-memory", metavar="SIZE", help="budget on the device (default: most of it)")
-    memory.add_argument(
-        "--host-memory",
-        metavar="SIZE",
-        help="budget of host RAM for layers (default: most of it); with dummy weights it may exceed what is there, "
-        "because aliases share their bytes",
-    )
-    memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
+    memory = add_memory(parser)
     memory.add_argument(
         "--device-layers", type=int, metavar="N", help="layers to keep on the device (default: planned)"
     )
-    memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    memory.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    memory.add_argument(
-        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
-    )
     memory.add_argument("--pass-tokens", type=int, metavar="N", help="tokens that go through all layers in one pass")
-    add_read_options(memory)
     results = parser.add_argument_group("results")
     results.add_argument("--json", action="store_true", help="print nothing but the JSON object")
     results.add_argument("--trace", metavar="FILE", help="write what moved and computed when, for ui.perfetto.dev")
@@ -129,7 +116,7 @@ def _measure(
     from penstock.engine import bench  # noqa: PLC0415
     from penstock.engine import llm as engine  # noqa: PLC0415
 
-    tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    tiers = tiers_of(options)
     settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model)
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
@@ -149,6 +136,7 @@ def _measure(
         pass_tokens=options.pass_tokens,
         device_layers=options.device_layers,
         io=settings,
+        compile=options.compile,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         checkpoint=checkpoint,
         trace=trace,

@@ -8,13 +8,12 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from penstock.cli.output import ProgressLine, ResultFile, check_output, result_file
+from penstock.cli.options import add_memory, open_llm, tiers_of
+from penstock.cli.output import ProgressLine, ResultFile, check_output, completion_record, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
-from penstock.cli.settings import add_read_options, read_settings
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
-from penstock.io.interrupts import held_back
-from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.tiers import MemoryTiers
 from penstock.offload.trace import Trace
 
 if TYPE_CHECKING:
@@ -49,26 +48,7 @@ def add_to(commands: Any) -> None:
         "--prompts", metavar="FILE", help="a prompt per line (.txt), JSON lines (.jsonl), or - for stdin"
     )
     prompts.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--device-memory", metavar="SIZE", help="budget on the device, such as 20GiB (default: most of it)"
-    )
-    memory.add_argument("--host-memory", metavar="SIZE", help="budget of host RAM for layers (default: most of it)")
-    memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
-    memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    memory.add_argument(
-        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)"
-    )
-    memory.add_argument(
-        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
-    )
-    memory.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default="auto",
-        help="compile each kind of layer at start-up (default: on a GPU)",
-    )
-    add_read_options(memory)
+    add_memory(parser)
     sampling = parser.add_argument_group("sampling")
     defaults = SamplingParams(max_tokens=64, temperature=0.0)
     sampling.add_argument(
@@ -108,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         ignore_eos=options.ignore_eos,
         logprobs=options.logprobs,
     )
-    tiers = MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    tiers = tiers_of(options)
     check_output(options.trace)
     lines = _prompt_lines(options)
     params = [_params(line, defaults) for line in lines]
@@ -151,34 +131,20 @@ def _generate(
     params: list[SamplingParams],
     file: ResultFile | None,
 ) -> int:
-    with held_back():  # some libraries swallow an exit that comes while they are imported
-        from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
-
-    settings = read_settings(options, options.model or engine.DEFAULT_MODEL)
     progress = ProgressLine()
     trace = Trace() if options.trace else None
-    with engine.LLM(
-        options.model,
-        tiers=tiers,
-        device=options.device,
-        dtype=options.dtype,
-        micro_batch_tokens=options.micro_batch_tokens,
-        io=settings,
-        compile=options.compile,
-        on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
-        trace=trace,
-    ) as llm:
+    with open_llm(options, tiers, progress, trace=trace) as llm:
         prompts = [_prompt(llm, line) for line in lines]
         outputs = []
         for output in llm.stream(prompts, params, on_pass=lambda state: progress.show(_describe(state))):
             outputs.append(output)
             if file and not file.is_text:
-                file.write(_record(output))
+                file.write(completion_record(output))
         progress.clear()
         outputs.sort(key=lambda output: int(output.request_id))
         if file and file.is_text:  # plain text has no ids: its order is the prompts'
             for output in outputs:
-                file.write(_record(output))
+                file.write(completion_record(output))
         if not file:
             _print(outputs, as_json=options.json)
         report = llm.last_run
@@ -209,33 +175,14 @@ def _describe(state: Progress) -> str:
     left = (state.expected_tokens - state.generated_tokens) / rate if rate else 0.0
     return (
         f"{state.num_finished}/{state.num_requests} prompts, {state.generated_tokens} tokens, {rate:.1f} tokens/s, "
-        f"{state.streamed_bytes / max(state.seconds, 1e-9) / 1e9:.2f} GB/s, at most {left:.0f} s left"
+        f"{state.traffic.device_bytes / max(state.seconds, 1e-9) / 1e9:.2f} GB/s, at most {left:.0f} s left"
     )
-
-
-def _record(output: RequestOutput) -> dict[str, Any]:
-    completion = output.outputs[0]
-    record: dict[str, Any] = {
-        "request_id": output.request_id,
-        "prompt": output.prompt,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "prompt_tokens": len(output.prompt_token_ids),
-    }
-    if completion.logprobs is not None:
-        record["logprobs"] = [
-            {str(token): {"logprob": entry.logprob, "rank": entry.rank} for token, entry in position.items()}
-            for position in completion.logprobs
-        ]
-    return record
 
 
 def _print(outputs: list[RequestOutput], *, as_json: bool) -> None:
     for output in outputs:
         if as_json:
-            print(json.dumps(_record(output)))
+            print(json.dumps(completion_record(output)))
         else:
             print(f"--- prompt {output.request_id} ({output.outputs[0].finish_reason})")
             print(f"{output.prompt or ''}{output.outputs[0].text}")

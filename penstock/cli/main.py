@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import penstock
-from penstock.cli import bench, generate, pack, profile
+from penstock.cli import batch, bench, generate, pack, profile, score
 from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"penstock {penstock.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate.add_to(commands)
+    batch.add_to(commands)
+    score.add_to(commands)
     bench.add_to(commands)
     pack.add_to(commands)
     profile.add_to(commands)

@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from penstock.errors import OutputError
 from penstock.io.atomic import appearing, naming
 
-__all__ = ["ProgressLine", "ResultFile", "check_output", "result_file"]
+if TYPE_CHECKING:
+    from penstock.engine.outputs import RequestOutput
+
+__all__ = ["ProgressLine", "ResultFile", "check_output", "completion_record", "result_file"]
 
 
 def check_output(path: str | None) -> None:
@@ -76,3 +79,23 @@ class ProgressLine:
         if self._shown and self._last:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
+
+
+def completion_record(output: RequestOutput) -> dict[str, Any]:
+    """Return a completion as results have it, in files and on stdout."""
+    completion = output.outputs[0]
+    record: dict[str, Any] = {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+    }
+    if completion.logprobs is not None:
+        record["logprobs"] = [
+            {str(token): {"logprob": entry.logprob, "rank": entry.rank} for token, entry in position.items()}
+            for position in completion.logprobs
+        ]
+    return record

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.errors import PromptFileError
+from penstock.errors import PromptFileError, RequestError
 
-__all__ = ["PromptLine", "read_prompts"]
+__all__ = ["PromptLine", "parse_prompt", "read_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,20 @@ def _from_json(text: str, source: str) -> Iterator[PromptLine]:
 
 
 def _prompt(fields: dict[str, Any], number: int, source: str, where: str) -> PromptLine:
+    try:
+        prompt, messages = parse_prompt(fields)
+    except RequestError as error:
+        what = f"line {number}: {error.what}" if error.what else f"line {number}"
+        raise PromptFileError(what, file=source, wanted=error.wanted, got=error.got) from error
+    return PromptLine(prompt, messages, fields, where)
+
+
+def parse_prompt(fields: dict[str, Any]) -> tuple[Any, list[dict[str, str]] | None]:
+    """Take the prompt, or else the messages, out of a line's fields and return both. Raises RequestError."""
     kinds = [kind for kind in ("prompt", "prompt_token_ids", "messages") if kind in fields]
     if len(kinds) != 1:
         wanted = 'one of "prompt", "prompt_token_ids" and "messages"'
-        raise PromptFileError(f"line {number}", file=source, wanted=wanted, got=", ".join(sorted(fields)) or "nothing")
+        raise RequestError("", wanted=wanted, got=", ".join(sorted(fields)) or "nothing")
     value = fields.pop(kinds[0])
     expected: dict[str, tuple[str, bool]] = {
         "prompt": ("text", isinstance(value, str)),
@@ -94,7 +104,7 @@ def _prompt(fields: dict[str, Any], number: int, source: str, where: str) -> Pro
     }
     wanted, holds = expected[kinds[0]]
     if not holds:
-        raise PromptFileError(f'line {number}: "{kinds[0]}"', file=source, wanted=wanted, got=json.dumps(value)[:80])
+        raise RequestError(f'"{kinds[0]}"', wanted=wanted, got=json.dumps(value)[:80])
     if kinds[0] == "messages":
-        return PromptLine(None, messages=value, fields=fields, where=where)
-    return PromptLine(value, fields=fields, where=where)
+        return None, value
+    return value, None

@@ -1,4 +1,4 @@
-"""Run sequences to their end: schedule a pass, run it, choose tokens, let go of what has finished."""
+"""Run sequences to their end: schedule a pass, run it, choose or score tokens, let go of what has finished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from penstock.engine.detokenizer import Detokenizer, Tokenizer, find_stop
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
 from penstock.engine.report import Progress, Traffic
-from penstock.engine.sampler import Sampler, Token
+from penstock.engine.sampler import Sampler, Token, check_finite
 from penstock.engine.scheduler import Schedule, Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.offload.kv import KVStore
@@ -22,7 +22,12 @@ __all__ = ["Generation"]
 
 
 class Generation:
-    """One run over some sequences."""
+    """One run over some sequences.
+
+    Those of a list are all queued, or refused, at once; any other iterable is read when there is room for the next.
+    `score_rows` is how many rows of logits are in memory at once while tokens are scored. `on_pass` is called after
+    each pass, when its finished sequences have been taken; what it raises ends the run.
+    """
 
     def __init__(
         self,
@@ -36,8 +41,9 @@ class Generation:
         tokenizer: Tokenizer | None,
         end_ids: Collection[int],
         max_scores: int,
-        traffic: Callable[[], Traffic],
+        score_rows: int,
         on_pass: Callable[[Progress], None] | None = None,
+        traffic: Callable[[], Traffic],
     ) -> None:
         self._model = model
         self._executor = executor
@@ -47,6 +53,7 @@ class Generation:
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._max_scores = max_scores
+        self._score_rows = score_rows
         self._on_pass = on_pass
         self._traffic = traffic
         self._texts: dict[int, Detokenizer] = {}
@@ -57,10 +64,16 @@ class Generation:
         self.peak_sequences = 0
         self.first_token_seconds = 0.0
         self._expected_tokens = 0
-        for sequence in sequences:
-            scheduler.add(sequence)
-            self.num_requests += 1
-            self._expected_tokens += sequence.capacity - len(sequence.prompt_ids)
+        if isinstance(sequences, list):
+            for sequence in sequences:
+                scheduler.add(self._counted(sequence))
+        else:
+            scheduler.feed(map(self._counted, sequences))
+
+    def _counted(self, sequence: Sequence) -> Sequence:
+        self.num_requests += 1
+        self._expected_tokens += sequence.capacity - len(sequence.prompt_ids)
+        return sequence
 
     def run(self) -> Generator[Sequence, None, None]:
         """Yield each sequence when it has finished, whatever the order. Closing it gives back what the others hold."""
@@ -75,40 +88,76 @@ class Generation:
                     self.first_token_seconds = time.perf_counter() - start
                 for sequence in done:
                     self._scheduler.finish(sequence)
+                yield from done
                 if self._on_pass:
                     self._on_pass(self._progress(schedule, finished, time.perf_counter() - start))
-                yield from done
         finally:
             self._scheduler.abort()
 
     def _run(self, schedule: Schedule) -> list[Sequence]:
-        """Run one pass; return the sequences that got a token."""
-        logits = self._executor.run_pass([self._forward(spans) for spans in schedule.micro_batches])
+        """Run one pass; return the sequences that got a token, or the last of their scores."""
+        scores: list[tuple[list[Sequence], Tensor]] = []
+        logits = self._executor.run_pass([self._forward(spans, scores) for spans in schedule.micro_batches])
         self.num_passes += 1
         self._kv.check_integrity()
-        ready = self._scheduler.computed(schedule)
-        rows = torch.cat([row for row in logits if row.shape[0]]) if ready else None
+        whole = self._scheduler.computed(schedule)
+        ready = [sequence for sequence in whole if not sequence.targets]
         self.prompt_tokens += schedule.num_tokens - sum(len(s.output_ids) > 0 for s in ready)
-        if rows is not None:
+        self._take_scores(scores)
+        for sequence in whole:
+            if sequence.targets:
+                sequence.finish_reason = "scored"
+        if ready:
+            rows = torch.cat([row for row in logits if row.shape[0]])
             with torch.inference_mode():
                 tokens = self._sampler.sample(rows, ready)
             for sequence, token in zip(ready, tokens, strict=True):
                 self._append(sequence, token)
             self.generated_tokens += len(ready)
-        return ready
+        return whole
 
-    def _forward(self, spans: tuple[Span, ...]) -> tuple[MicroBatch, Callable[[], Tensor]]:
+    def _forward(
+        self, spans: tuple[Span, ...], scores: list[tuple[list[Sequence], Tensor]]
+    ) -> tuple[MicroBatch, Callable[[], Tensor]]:
+        """Return a micro-batch and its forward, which adds to `scores` whose tokens it has scored, and how."""
         batch = MicroBatch(spans, self._kv, self._max_scores)
         tokens: list[int] = []
         keep: list[int] = []
+        rows: list[int] = []
+        targets: list[int] = []
+        owners: list[Sequence] = []
         for span in spans:
             sequence = self._scheduler[span.sequence]
+            begin = len(tokens) - span.start
             tokens += sequence.tokens(span.start, span.end)
-            if span.end == sequence.num_tokens:
+            if sequence.targets:
+                first = max(span.start, sequence.first_scored)
+                rows += range(begin + first, begin + span.end)
+                targets += sequence.targets[first - sequence.first_scored : max(span.end - sequence.first_scored, 0)]
+                owners += [sequence] * (span.end - first)
+            elif span.end == sequence.num_tokens:
                 keep.append(len(tokens) - 1)
-        device = self._model.device
-        token_ids, keep_ids = torch.tensor(tokens, device=device), torch.tensor(keep, dtype=torch.int64, device=device)
-        return batch, lambda: self._model.forward(batch, token_ids, keep_ids)
+        token_ids, keep_ids, row_ids, target_ids = map(self._to_device, (tokens, keep, rows, targets))
+
+        def forward() -> Tensor:
+            if not rows:
+                return self._model.forward(batch, token_ids, keep_ids)
+            logits, scored = self._model.score(
+                batch, token_ids, keep_ids, row_ids, target_ids, rows_at_once=self._score_rows
+            )
+            scores.append((owners, scored))
+            return logits
+
+        return batch, forward
+
+    def _to_device(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)
+
+    def _take_scores(self, scores: list[tuple[list[Sequence], Tensor]]) -> None:
+        for owners, scored in scores:
+            check_finite(scored)
+            for sequence, (logprob, rank) in zip(owners, scored.tolist(), strict=True):
+                sequence.scores.append((logprob, int(rank)))
 
     def _append(self, sequence: Sequence, token: Token) -> None:
         sequence.output_ids.append(token.id)

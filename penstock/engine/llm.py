@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
@@ -19,10 +19,14 @@ from penstock.engine.executor import Executor
 from penstock.engine.generation import Generation
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.compile import LayerCompiler, why_not_compile
+from penstock.engine.model.tail import LOGIT_NBYTES
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
-from penstock.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from penstock.engine.outputs import RequestOutput, ScoreOutput
+from penstock.engine.prepare import Preparer
 from penstock.engine.rehearsal import rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
+from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
+from penstock.engine.results import completion_of, score_of
 from penstock.engine.sampler import Sampler
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
@@ -34,7 +38,7 @@ from penstock.errors import (
     ConfigError,
     DeviceError,
     MissingFileError,
-    PromptTooLongError,
+    PenstockError,
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
@@ -42,15 +46,15 @@ from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.kv import KVStore
-from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
+from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
 
 __all__ = ["LLM", "Prompt", "find_device"]
 
-Prompt = str | Items[int] | Mapping[str, Any]
-"""Text, token ids, or a mapping with "prompt" or "prompt_token_ids"."""
+R = TypeVar("R", Request, ScoreRequest)
+T = TypeVar("T")
 
 DEFAULT_MODEL = Path(__file__).parents[1] / "data" / "tiny-python"
 """The bundled model."""
@@ -103,6 +107,12 @@ class LLM:
         self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
+        self._prepare = Preparer(
+            self.path,
+            tokenizer=self.tokenizer,
+            vocab_size=self._model.vocab_size,
+            context_length=self._model.context_length,
+        )
         self._start_up.end("model")
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
@@ -186,44 +196,88 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt | Request],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         on_pass: Callable[[Progress], None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts and return the results in their order.
 
-        `sampling_params` is one for all prompts or one for each. Raises RequestError for a bad prompt before anything
-        runs, BudgetError for one whose keys and values can never fit.
+        `sampling_params` is one for all prompts or one for each. Raises RequestError for a bad prompt and BudgetError
+        for one whose keys and values can never fit: for a list or tuple of prompts before anything runs, for any other
+        iterable when its turn comes.
         """
         outputs = list(self.stream(prompts, sampling_params, on_pass=on_pass))
         return sorted(outputs, key=lambda output: int(output.request_id))
 
     def stream(
         self,
-        prompts: Prompt | Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt | Request],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         on_pass: Callable[[Progress], None] | None = None,
+        on_error: Callable[[Request, PenstockError], None] | None = None,
     ) -> Iterator[RequestOutput]:
         """Complete prompts and yield each result as soon as it has finished; arguments and errors as in `generate`.
 
-        One run at a time: raises RequestError while another stream of this model is open.
+        An iterable that is no list or tuple is read one prompt at a time, when there is room for it, so it may be
+        longer than memory. It may yield `Request`s, which bring parameters and numbers of their own. A request that
+        cannot run goes to `on_error`, where given, and is left out. `on_pass` is called after each pass, when its
+        results have been taken. One run at a time: raises RequestError while another stream of this model is open.
         """
+        requests = requests_of(prompts, sampling_params)
+        return self._start(requests, completion_of, on_pass, on_error, whole=is_whole(prompts))
+
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt | ScoreRequest],
+        continuations: Iterable[str | Items[int]] | None = None,
+        *,
+        on_pass: Callable[[Progress], None] | None = None,
+    ) -> list[ScoreOutput]:
+        """Return the log-likelihoods of continuations of prompts, or of whole texts, in order; nothing is generated.
+
+        With `continuations`, one for each prompt and of its kind, their tokens are scored: text is tokenised together
+        with its prompt. Without, all of a text but its first token. Errors as in `generate`.
+        """
+        outputs = list(self.stream_scores(prompts, continuations, on_pass=on_pass))
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    def stream_scores(
+        self,
+        prompts: Prompt | Iterable[Prompt | ScoreRequest],
+        continuations: Iterable[str | Items[int]] | None = None,
+        *,
+        on_pass: Callable[[Progress], None] | None = None,
+        on_error: Callable[[ScoreRequest, PenstockError], None] | None = None,
+    ) -> Iterator[ScoreOutput]:
+        """Score as `score` does and yield each result when it is known; read and report as `stream` does."""
+        requests = score_requests_of(prompts, continuations)
+        return self._start(requests, score_of, on_pass, on_error, whole=is_whole(prompts))
+
+    def _start(
+        self,
+        requests: Iterator[R],
+        result_of: Callable[[Sequence, Any], T],
+        on_pass: Callable[[Progress], None] | None,
+        on_error: Callable[[R, PenstockError], None] | None,
+        *,
+        whole: bool,
+    ) -> Iterator[T]:
         if self._closed:
             raise ClosedError("the model is closed")
         if self._generation is not None:
             raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
-        sequences = self._sequences(prompts, sampling_params)
         scheduler = Scheduler(
             self._kv,
             micro_batch_tokens=self.plan.micro_batch_tokens,
             pass_tokens=self.plan.pass_tokens,
             splits_prompts=self._model.splits_prompts,
         )
+        sequences = self._prepared(requests, scheduler, on_error)
         before = self._weights.statistics()
         generation = Generation(
-            sequences,
+            list(sequences) if whole else sequences,
             model=self._model,
             executor=self._executor,
             kv=self._kv,
@@ -232,12 +286,35 @@ class LLM:
             tokenizer=self.tokenizer,
             end_ids=self._end_ids,
             max_scores=self.plan.max_scores,
-            traffic=lambda: Traffic.between(before, self._weights.statistics()),
+            score_rows=self._score_rows(),
             on_pass=on_pass,
+            traffic=lambda: Traffic.between(before, self._weights.statistics()),
         )
-        return self._run(generation, before)
+        return self._run(generation, before, result_of)
 
-    def _run(self, generation: Generation, before: StreamStatistics) -> Iterator[RequestOutput]:
+    def _prepared(
+        self, requests: Iterator[R], scheduler: Scheduler, on_error: Callable[[R, PenstockError], None] | None
+    ) -> Iterator[Sequence]:
+        for request in requests:
+            try:
+                sequence = self._prepare(request)
+                scheduler.check(sequence)
+            except (RequestError, BudgetError) as error:
+                if on_error is None:
+                    raise
+                on_error(request, error)
+            else:
+                yield sequence
+
+    def _score_rows(self) -> int:
+        """How many rows of logits fit where a micro-batch's activations were, which are gone when its head runs."""
+        room = self._sampler.nbytes + self._shape.workspace_nbytes * self.plan.micro_batch_tokens
+        room += SCORE_NBYTES * self.plan.max_scores
+        return max(1, min(room // (LOGIT_NBYTES * self._model.vocab_size), self.plan.micro_batch_tokens))
+
+    def _run(
+        self, generation: Generation, before: StreamStatistics, result_of: Callable[[Sequence, Any], T]
+    ) -> Iterator[T]:
         start = time.perf_counter()
         if self._generation is not None:
             raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
@@ -247,7 +324,7 @@ class LLM:
                 for sequence in finished:
                     seconds = time.perf_counter() - start
                     self._report(generation, seconds, Traffic.between(before, self._weights.statistics()))
-                    yield self._output(sequence)
+                    yield result_of(sequence, self.tokenizer)
                     if self._closed:
                         raise ClosedError("the model was closed during a run")
             self._report(generation, time.perf_counter() - start, Traffic.between(before, self._weights.statistics()))
@@ -274,73 +351,6 @@ class LLM:
         except Exception as error:
             raise RequestError(f"the chat template refuses these messages: {error}", got=repr(messages)[:80]) from error
         return {"prompt_token_ids": ids}
-
-    def _sequences(
-        self, prompts: Prompt | Items[Prompt], params: SamplingParams | Items[SamplingParams] | None
-    ) -> list[Sequence]:
-        many = [prompts] if isinstance(prompts, (str, Mapping)) or _is_tokens(prompts) else list(prompts)
-        each = list(params) if isinstance(params, Items) else [params or SamplingParams()] * len(many)
-        if len(each) != len(many):
-            raise ConfigError("sampling parameters and prompts differ in number", wanted=len(many), got=len(each))
-        return [self._sequence(number, prompt, each[number]) for number, prompt in enumerate(many)]
-
-    def _sequence(self, number: int, prompt: Any, params: SamplingParams) -> Sequence:
-        text, ids = self._tokenize(number, prompt)
-        limit = self._model.context_length
-        if not ids:
-            raise RequestError(f"prompt {number} is empty", wanted="at least one token", got=repr(text))
-        if limit is not None and len(ids) >= limit:
-            raise PromptTooLongError(
-                f"prompt {number} is longer than the model's context",
-                wanted=f"fewer than {limit} tokens",
-                got=f"{len(ids)} tokens",
-                fix="Shorten the prompt.",
-            )
-        if bad := [token for token in ids if not 0 <= token < self._model.vocab_size]:
-            wanted = f"ids below {self._model.vocab_size}"
-            raise RequestError(f"prompt {number} has tokens that the model does not know", wanted=wanted, got=bad[:5])
-        capacity = len(ids) + params.max_tokens
-        return Sequence(number, text, ids, params, capacity if limit is None else min(capacity, limit))
-
-    def _tokenize(self, number: int, prompt: Any) -> tuple[str | None, tuple[int, ...]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), tuple(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt")
-        if _is_tokens(prompt):
-            return None, tuple(prompt)
-        if not isinstance(prompt, str):
-            wanted = 'text, token ids, or a mapping with "prompt" or "prompt_token_ids"'
-            raise RequestError(f"prompt {number} is not a prompt", wanted=wanted, got=repr(prompt))
-        if self.tokenizer is None:
-            raise RequestError(
-                f"prompt {number} is text, and the model has no tokenizer",
-                file=self.path,
-                fix="Give token ids, or put the tokenizer's files beside the model.",
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"prompt {number} is not text", wanted="Unicode", got=error.reason) from error
-        return prompt, tuple(self.tokenizer(prompt).input_ids)
-
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        asked = sequence.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
-            text=sequence.text,
-            token_ids=tuple(sequence.output_ids),
-            cumulative_logprob=sequence.cumulative_logprob if asked else None,
-            logprobs=tuple(map(self._with_text, sequence.logprobs)) if asked else None,
-            finish_reason=sequence.finish_reason or "length",
-            stop_reason=sequence.stop_reason,
-        )
-        return RequestOutput(str(sequence.number), sequence.prompt, sequence.prompt_ids, (completion,))
-
-    def _with_text(self, logprobs: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.tokenizer is None:
-            return logprobs
-        return {token: replace(one, decoded_token=self.tokenizer.decode([token])) for token, one in logprobs.items()}
 
     def _report(self, generation: Generation, seconds: float, traffic: Traffic) -> None:
         self.last_run = RunReport(
@@ -382,10 +392,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _is_tokens(prompt: Any) -> bool:
-    return isinstance(prompt, Items) and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], int)
 
 
 def _find_tokenizer(path: Path) -> Any | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "ScoreOutput"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +41,24 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """The log-likelihood of `token_ids` after `prompt_token_ids`; `logprobs` holds one entry for each of them."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...]
+
+    @property
+    def logprob(self) -> float:
+        """The natural log-probability of all scored tokens together."""
+        return sum(entry.logprob for entry in self.logprobs)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every scored token is the likeliest at its place."""
+        return all(entry.rank == 1 for entry in self.logprobs)

@@ -56,7 +56,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands after a pass; `schedule` is that pass."""
+    """Where a run stands after a pass; `schedule` is that pass. Of requests from an iterator, those that were read."""
 
     num_requests: int
     num_finished: int
@@ -156,8 +156,9 @@ class RunReport:
         disk, seconds = self.traffic, self.seconds or 1.0
         rate = disk.disk_bytes / disk.disk_busy_seconds / 1e9 if disk.disk_busy_seconds else 0.0
         lines = [
-            f"{self.generated_tokens} tokens for {self.num_requests} prompts in {self.seconds:.2f} s "
-            f"({self.tokens_per_second:.1f} tokens/s, {self.num_passes} passes, up to {self.peak_sequences} at once)",
+            f"{self.generated_tokens} tokens for {self.num_requests} prompts of {self.prompt_tokens} tokens in "
+            f"{self.seconds:.2f} s ({self.tokens_per_second:.1f} tokens/s, {self.num_passes} passes, "
+            f"up to {self.peak_sequences} at once)",
             f"nvme → host    {disk.disk_bytes / 1e6:.1f} MB in this run, {rate:.2f} GB/s while reading; "
             f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "

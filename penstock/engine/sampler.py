@@ -17,7 +17,7 @@ from penstock.engine.outputs import Logprob
 from penstock.engine.sequence import Sequence
 from penstock.errors import ModelOutputError
 
-__all__ = ["Sampler", "Token"]
+__all__ = ["Sampler", "Token", "check_finite"]
 
 BYTES_PER_LOGIT = 40
 """Temporaries of one row while it is sampled: sorted logits, their order, probabilities, sums."""
@@ -41,13 +41,7 @@ class Sampler:
 
     def sample(self, logits: Tensor, sequences: Rows[Sequence]) -> list[Token]:
         """Choose one token per row of `logits` [len(sequences), vocab], any float dtype, on any device."""
-        if not bool(logits.isfinite().all()):
-            raise ModelOutputError(
-                "the model's logits are not finite",
-                wanted="numbers",
-                got=f"infinity or NaN in {logits.dtype}",
-                fix="float16 overflows in some models: use --dtype bfloat16 or float32.",
-            )
+        check_finite(logits)
         greedy = logits.argmax(dim=-1).tolist()
         chosen = {row: token for row, token in enumerate(greedy) if sequences[row].params.is_greedy}
         drawn = [row for row in range(len(sequences)) if row not in chosen]
@@ -60,6 +54,17 @@ class Sampler:
             else _with_logprobs(logits[row], chosen[row], sequence.params.logprobs)
             for row, sequence in enumerate(sequences)
         ]
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise ModelOutputError for logits, or scores made of them, that are infinite or not a number."""
+    if not bool(logits.isfinite().all()):
+        raise ModelOutputError(
+            "the model's logits are not finite",
+            wanted="numbers",
+            got=f"infinity or NaN in {logits.dtype}",
+            fix="float16 overflows in some models: use --dtype bfloat16 or float32.",
+        )
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:

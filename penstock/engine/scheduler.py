@@ -1,20 +1,23 @@
 """Which tokens go through the model in the next pass.
 
 Every pass carries the newest token of each running sequence, and as many prompt tokens as the pass has room for.
-Requests start in order, as soon as keys and values have room for all of their tokens.
+Requests start in order, as soon as keys and values have room for all of their tokens. So none waits for ever: what runs
+ends and gives its room back, and nothing overtakes the head of the queue, even where something smaller would fit.
+
+Only the head is looked at. What waits behind it may still be in an iterator, unread; it costs a pass nothing.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.engine.batch import Span
 from penstock.engine.sequence import Sequence
-from penstock.errors import BudgetError
+from penstock.errors import BudgetError, RequestError
 
 __all__ = ["Room", "Schedule", "Scheduler"]
 
@@ -59,10 +62,23 @@ class Scheduler:
         self._pass_tokens = pass_tokens
         self._splits_prompts = splits_prompts
         self._waiting: deque[Sequence] = deque()
+        self._source: Iterator[Sequence] = iter(())
         self._running: dict[Hashable, Sequence] = {}
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises BudgetError when it could never run."""
+        self.check(sequence)
+        self._waiting.append(sequence)
+
+    def feed(self, source: Iterator[Sequence]) -> None:
+        """Take sequences from `source` when the queue is empty, one at a time and no sooner than they are needed.
+
+        What `source` raises, and BudgetError for what could never run, comes out of `schedule`.
+        """
+        self._source = source
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise BudgetError when a sequence could never run."""
         if not self._splits_prompts and len(sequence.prompt_ids) > self._micro_batch_tokens:
             raise BudgetError(
                 f"prompt {sequence.number} does not fit one micro-batch, and this model cannot take prompts in parts",
@@ -71,7 +87,6 @@ class Scheduler:
                 fix="Give the device more memory or raise the micro-batch tokens.",
             )
         self._room.check(sequence.capacity, f"prompt {sequence.number} and its new tokens")
-        self._waiting.append(sequence)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -90,14 +105,21 @@ class Scheduler:
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed > 1:
                 self._prefill(sequence, packer)
-        if not self._running:
+        if not self._running and self._head() is not None:
             self._room.prepare([sequence.capacity for sequence in self._waiting])
-        while self._waiting and self._room_for(self._waiting[0], packer):
-            sequence = self._waiting.popleft()
-            self._room.acquire(sequence.number, num_tokens=sequence.capacity)
-            self._running[sequence.number] = sequence
-            self._prefill(sequence, packer)
+        while (head := self._head()) is not None and self._room_for(head, packer):
+            self._waiting.popleft()
+            if head.number in self._running:
+                raise RequestError("two requests have one number", got=head.number, fix="Number them apart.")
+            self._room.acquire(head.number, num_tokens=head.capacity)
+            self._running[head.number] = head
+            self._prefill(head, packer)
         return Schedule(packer.finish())
+
+    def _head(self) -> Sequence | None:
+        if not self._waiting and (sequence := next(self._source, None)) is not None:
+            self.add(sequence)
+        return self._waiting[0] if self._waiting else None
 
     def _room_for(self, sequence: Sequence, packer: _Packer) -> bool:
         needed = 1 if self._splits_prompts else len(sequence.prompt_ids)
@@ -132,6 +154,7 @@ class Scheduler:
         for sequence in self.running:
             self.finish(sequence)
         self._waiting.clear()
+        self._source = iter(())
 
 
 class _Packer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import Self
 
 from penstock.engine.outputs import Logprob
 from penstock.engine.sampling_params import SamplingParams
@@ -14,7 +16,9 @@ __all__ = ["Sequence"]
 class Sequence:
     """`prompt_ids` and what was generated after them; `number` is the request's place among all requests.
 
-    `num_computed` tokens have gone through the model. `capacity` is the most tokens that it can reach.
+    `num_computed` tokens have gone through the model. `capacity` is the most tokens that it can reach. A sequence with
+    `targets` is scored, not continued: they are the tokens after the last of `prompt_ids`, each moved on by one place,
+    and `scores` holds log-probability and rank of those whose turn has come.
     """
 
     number: int
@@ -29,6 +33,19 @@ class Sequence:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    targets: tuple[int, ...] = ()
+    scores: list[tuple[float, int]] = field(default_factory=list)
+
+    @classmethod
+    def to_score(cls, number: int, prompt: str | None, token_ids: Items[int], *, num_known: int) -> Self:
+        """Return the sequence that scores all of `token_ids` but the first `num_known`, which is at least 1."""
+        *known, _ = token_ids
+        return cls(number, prompt, tuple(known), SamplingParams(), len(known), targets=tuple(token_ids[num_known:]))
+
+    @property
+    def first_scored(self) -> int:
+        """The place of the token after which the first target comes."""
+        return len(self.prompt_ids) - len(self.targets)
 
     @property
     def num_tokens(self) -> int:

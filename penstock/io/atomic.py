@@ -16,17 +16,22 @@ __all__ = ["appearing", "naming", "sync_directory", "write_whole"]
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[TextIO]:
+def appearing(path: Path, *, sibling: Path | None = None) -> Iterator[TextIO]:
     """Open a hidden sibling that takes the name `path` when the block ends, flushed to the disk.
 
-    It is removed when the block fails. Raises OutputError when the sibling cannot be made, flushed or renamed.
+    It is removed when the block fails. Raises OutputError when the sibling cannot be made, flushed or renamed. A caller
+    whom no other process can disturb names the `sibling`, so that one which a killed process has left is written over.
     """
     hidden: Path | None = None
     stream: TextIO | None = None
     try:
         with naming(path), held_back():
-            descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-            hidden = Path(name)
+            if sibling is None:
+                descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+                hidden = Path(name)
+            else:
+                descriptor = os.open(sibling, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                hidden = sibling
             stream = os.fdopen(descriptor, "w", encoding="utf-8")
         yield stream
         with naming(path):
@@ -44,7 +49,8 @@ def appearing(path: Path) -> Iterator[TextIO]:
             with suppress(OSError):  # what could not be written cannot be flushed now either
                 stream.close()
         if hidden is not None:
-            hidden.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that fails may refuse this too; its first error is the one to tell
+                hidden.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:

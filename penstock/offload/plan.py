@@ -9,7 +9,7 @@ from typing import Any
 from penstock.errors import BudgetError
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
-__all__ = ["ModelShape", "PassLimits", "Plan", "make_plan"]
+__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "make_plan"]
 
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from penstock import LLM, MemoryTiers, SamplingParams
+from penstock import LLM, MemoryTiers, Request, SamplingParams
 from penstock.errors import (
     BudgetError,
     ClosedError,
@@ -105,6 +105,42 @@ def test_results_come_as_they_finish(tiny_llama, device):
     assert [state.num_finished for state in states][-1] == 3
     assert states[-1].generated_tokens == 16
     assert states[0].num_requests == 3
+
+
+def test_any_iterable_is_read_when_there_is_room(tiny_llama, expected, device):
+    read, errors = [], []
+
+    def endless():
+        number = 0
+        while True:
+            read.append(number)
+            prompt = [] if number == 3 else [5] * 300 if number == 6 else PROMPTS[number % len(PROMPTS)]
+            yield Request(100 + number, prompt, GREEDY)
+            number += 1
+
+    with open_llm(tiny_llama, device, "disk only, one slot") as llm:
+        stream = llm.stream(endless(), on_error=lambda request, error: errors.append((request.number, type(error))))
+        outputs = [next(stream) for _ in range(40)]
+        peak = llm.last_run.peak_sequences
+        stream.close()
+        assert errors == [(103, RequestError), (106, PromptTooLongError)]
+        assert len(read) <= 40 + 2 * peak + 3, "no further ahead than what runs"
+        for output in outputs:
+            assert output.outputs[0].token_ids == expected[(int(output.request_id) - 100) % len(PROMPTS)]
+        assert llm.generate(iter(PROMPTS[:2]), iter([GREEDY] * 2))[1].outputs[0].token_ids == expected[1]
+        with pytest.raises(ConfigError, match="differ in number"):
+            llm.generate(iter(PROMPTS[:3]), iter([GREEDY] * 2))
+        with pytest.raises(RequestError, match="prompt 1 "):
+            llm.generate(iter([[5], []]), GREEDY)
+        assert llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0].token_ids == expected[0]
+
+
+def test_draws_belong_to_the_number_of_a_request(tiny_llama, device):
+    params = SamplingParams(max_tokens=8, temperature=0.9, ignore_eos=True)
+    with open_llm(tiny_llama, device, "device only") as llm:
+        whole = llm.generate(PROMPTS, params)
+        rest = llm.generate([Request(number, PROMPTS[number], params) for number in (4, 1)])
+    assert [(one.request_id, one.outputs) for one in rest] == [(whole[n].request_id, whole[n].outputs) for n in (1, 4)]
 
 
 def test_leaving_a_stream_early_gives_everything_back(tiny_llama, expected, device):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
-from penstock.errors import BudgetError
+from penstock.errors import BudgetError, RequestError
 from penstock.offload.kv import KVCost, KVStore
 
 
@@ -65,6 +65,70 @@ def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():
     (one, two) = scheduler.schedule().micro_batches
     assert [(span.sequence, span.length) for span in one] == [(0, 1), (1, 7)]
     assert [(span.sequence, span.start, span.length) for span in two] == [(1, 7, 2)]
+
+
+@given(jobs, st.integers(1, 20), st.integers(1, 60), st.integers(52, 200))
+def test_a_source_is_read_one_sequence_ahead_and_scheduled_like_a_queue(jobs, micro, total, room):
+    def scheduler():
+        return Scheduler(
+            KVStore(limit_nbytes=room, cost=KVCost(1)), micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True
+        )
+
+    queued, fed = scheduler(), scheduler()
+    pulled = []
+
+    def source():
+        for number, (prompt, new) in enumerate(jobs):
+            pulled.append(number)
+            yield sequence(number, prompt, new)
+
+    for number, (prompt, new) in enumerate(jobs):
+        queued.add(sequence(number, prompt, new))
+    fed.feed(source())
+    finished = 0
+    while True:
+        one, other = queued.schedule(), fed.schedule()
+        assert one == other
+        if not one.micro_batches:
+            break
+        assert len(pulled) <= finished + len(fed.running) + 1
+        for each, schedule in ((queued, one), (fed, other)):
+            for ready in each.computed(schedule):
+                ready.output_ids.append(7)
+                if ready.num_tokens == ready.capacity:
+                    each.finish(ready)
+                    finished += each is fed
+    assert finished == len(jobs)
+
+
+def test_a_small_request_does_not_overtake_a_large_one():
+    scheduler = Scheduler(
+        KVStore(limit_nbytes=20, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True
+    )
+    for number, prompt in enumerate((8, 15, 1)):
+        scheduler.add(sequence(number, prompt, 2))
+    scheduler.schedule()
+    assert [one.number for one in scheduler.running] == [0]
+    scheduler.finish(scheduler[0])
+    scheduler.schedule()
+    assert [one.number for one in scheduler.running] == [1, 2]
+
+
+def test_what_a_source_raises_comes_out_of_schedule_and_abort_forgets_it():
+    def source():
+        yield sequence(0, 8, 8)
+        yield sequence(1, 80, 80)
+
+    scheduler = Scheduler(
+        KVStore(limit_nbytes=100, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True
+    )
+    scheduler.feed(source())
+    with pytest.raises(BudgetError, match="prompt 1"):
+        scheduler.schedule()
+    scheduler.abort()
+    scheduler.feed(sequence(7, 2, 2) for _ in range(2))
+    with pytest.raises(RequestError, match="two requests have one number: got 7"):
+        scheduler.schedule()
 
 
 def test_what_can_never_fit_says_what_is_short():

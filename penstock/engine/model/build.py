@@ -32,6 +32,7 @@ from penstock.engine.batch import MicroBatch
 from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
 from penstock.engine.model.mapping import WeightMap, map_weights
+from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
 from penstock.errors import (
     ConfigError,
     MissingFileError,
@@ -105,14 +106,31 @@ class StreamedModel:
 
         Runs inside an executor's pass. Tensors are on `device`.
         """
-        inputs = {"input_ids": token_ids[None], "use_cache": False, **self._inputs}
-        if "position_ids" in self._accepts:
-            inputs["position_ids"] = positions_of(batch, self.device)[None]
+        inputs = self._inputs_of(batch, token_ids)
         if "logits_to_keep" in self._accepts:
             logits: Tensor = self.module(**inputs, logits_to_keep=keep).logits[0]
             return logits
         logits = self.module(**inputs).logits[0]
         return logits[keep]
+
+    def score(
+        self, batch: MicroBatch, token_ids: Tensor, keep: Tensor, rows: Tensor, targets: Tensor, *, rows_at_once: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model like `forward`; return also float32 [R, 2] for the tokens `targets` [R] after those at `rows`.
+
+        That is each one's log-probability and its rank from 1. At most `rows_at_once` rows have logits at a time.
+        """
+        inputs = self._inputs_of(batch, token_ids)
+        with watch_tail(keep) as tail:
+            logits: Tensor = self.module(**inputs).logits[0]
+            scores = score_rows(tail, lambda: self.module(**inputs).logits[0], rows, targets, rows_at_once=rows_at_once)
+        return logits, scores
+
+    def _inputs_of(self, batch: MicroBatch, token_ids: Tensor) -> dict[str, Any]:
+        inputs = {"input_ids": token_ids[None], "use_cache": False, **self._inputs}
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = positions_of(batch, self.device)[None]
+        return inputs
 
     def _bind(self, layout: Layout, buffer: Tensor) -> None:
         for view in layout.parameters:
@@ -178,6 +196,7 @@ def load_model(
     made = outline(config, directory, dtype=dtype, tensors=stored.tensors)
     module, layers = made.module, made.layers
     adaptation = adapt(module, layers)
+    gate_bodies(module, made.layers_name)
     _place_buffers(module, device)
     weights = map_weights(
         module,

@@ -1,0 +1,70 @@
+"""What every command that runs a model asks for: the model and the memory that it may use."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from penstock.cli.output import ProgressLine
+from penstock.cli.settings import add_read_options, read_settings
+from penstock.io.interrupts import held_back
+from penstock.offload.tiers import MemoryTiers, format_size
+
+if TYPE_CHECKING:
+    from penstock.engine.llm import LLM
+
+__all__ = ["add_memory", "open_llm", "tiers_of"]
+
+
+def add_memory(parser: Any) -> Any:
+    """Add the options of memory and device to a command; return their group."""
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--device-memory", metavar="SIZE", help="budget on the device, such as 20GiB (default: most of it)"
+    )
+    memory.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="budget of host RAM for layers (default: most of it); of dummy weights, whose aliases share their bytes, "
+        "more than there is",
+    )
+    memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
+    memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    memory.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)"
+    )
+    memory.add_argument(
+        "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
+    )
+    memory.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
+        help="compile each kind of layer at start-up (default: on a GPU)",
+    )
+    add_read_options(memory)
+    return memory
+
+
+def tiers_of(options: argparse.Namespace) -> MemoryTiers:
+    """Return the budgets. Raises SizeError."""
+    return MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+
+
+def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: ProgressLine, **more: Any) -> LLM:
+    """Load the model, and show how far that is; `more` goes to `LLM` as it is."""
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
+
+    settings = read_settings(options, options.model or engine.DEFAULT_MODEL)
+    return engine.LLM(
+        options.model,
+        tiers=tiers,
+        device=options.device,
+        dtype=options.dtype,
+        micro_batch_tokens=options.micro_batch_tokens,
+        io=settings,
+        compile=options.compile,
+        on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
+        **more,
+    )
