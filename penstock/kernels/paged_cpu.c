@@ -17,7 +17,7 @@
 #include "workers.h"
 
 #define PART 512
-#define TILE 16
+#define TILE 8
 #define STRIDE (PART + LANES) /* of a row of scores: tiles write whole vectors */
 #define MAX_TASK_HEADS 64     /* query heads; their scores stay in the second level of the cache */
 #define TASKS_PER_THREAD 4
@@ -52,13 +52,17 @@ static int64_t first_token(const struct penstock_attention *call, int64_t sequen
     return call->window ? larger(call->lengths[sequence] - call->window, 0) : 0;
 }
 
-/* Ask for what head h's share of the next tile is, when that is cut into one share per head: rows in order. */
-INLINE void fetch_ahead(const struct part *part, const char *const *rows, int64_t end, int64_t h, int64_t offset,
-                        int64_t nbytes) {
+/* Ask for what head h's share of the next tile is, when that is cut into one share per head: rows in their order, since
+   the machine runs ahead by itself then. Into the second level: the first holds too little, and has few requests.
+   Inline, or the compiler takes it for a function without effect. */
+INLINE void fetch_ahead(const struct part *part, const struct penstock_rows *rows, const char *const *starts,
+                        int64_t end, int64_t h) {
     int64_t from = end + TILE * h / part->num_heads, to = end + TILE * (h + 1) / part->num_heads;
+    int64_t offset = part->first_head * rows->head_stride;
+    int64_t nbytes = smaller(part->num_heads * rows->head_stride, rows->token_stride);
     for (int64_t token = from; token < to && token < part->num_tokens; token++)
         for (int64_t at = 0; at < nbytes; at += LINE)
-            __builtin_prefetch(rows[token] + offset + at, 0, 2);
+            __builtin_prefetch(starts[token] + offset + at, 0, 2);
 }
 
 /* --- scores --- */
@@ -134,7 +138,7 @@ INLINE void add_columns(const char *const *rows, int64_t begin, int64_t end, int
 /* The same for all elements: LANES sums in registers at a time, fewer at the end of a row. */
 INLINE void add_tile(const struct part *part, int64_t begin, int64_t end, int64_t offset, int64_t size,
                      const float *weights, float *sums, int64_t width, int dtype, const int queries) {
-    const int vectors = LANES / queries < 8 ? LANES / queries : 8;
+    const int vectors = LANES < queries ? 1 : LANES / queries < 8 ? LANES / queries : 8;
     int64_t d = 0;
     for (; d + vectors * LANES <= size; d += vectors * LANES)
         add_columns(part->values, begin, end, offset, d, size, weights, sums, width, dtype, queries, vectors);
@@ -149,6 +153,7 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
 #define ADD(queries)                                                                                                 \
     for (; g + queries <= plan->groups; g += queries)                                                                \
     add_tile(part, begin, end, offset, values->size, weights + g * STRIDE, sums + g * width, width, dtype, queries)
+    ADD(8);
     ADD(4);
     ADD(2);
     ADD(1);
@@ -164,6 +169,7 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
     case PENSTOCK_BFLOAT16: function(__VA_ARGS__, PENSTOCK_BFLOAT16); break;                                         \
     case PENSTOCK_FLOAT16: function(__VA_ARGS__, PENSTOCK_FLOAT16); break;                                           \
     case PAIRS: function(__VA_ARGS__, PAIRS); break;                                                                 \
+    case PAIRS_OF_INT8: function(__VA_ARGS__, PAIRS_OF_INT8); break;                                                 \
     default: function(__VA_ARGS__, PENSTOCK_INT8);                                                                   \
     }
 
@@ -173,8 +179,7 @@ static void score_part(const struct plan *plan, const struct part *part, const f
         for (int64_t h = 0; h < part->num_heads; h++) {
             const float *queries = query + h * plan->groups * plan->query_width;
             float *rows = scores + h * plan->groups * STRIDE;
-            const struct penstock_rows *keys = &plan->call->keys;
-            fetch_ahead(part, part->keys, end, h, part->first_head * keys->head_stride, part->num_heads * keys->head_stride);
+            fetch_ahead(part, &plan->call->keys, part->keys, end, h);
             FOR_DTYPE(plan->product_dtype, score_head, plan, part, begin, end, part->first_head + h, queries, rows)
         }
     }
@@ -186,8 +191,7 @@ static void add_part(const struct plan *plan, const struct part *part, const flo
         for (int64_t h = 0; h < part->num_heads; h++) {
             const float *rows = weights + h * plan->groups * STRIDE;
             float *sum = sums + h * plan->groups * plan->partial_width;
-            const struct penstock_rows *values = &plan->call->values;
-            fetch_ahead(part, part->values, end, h, part->first_head * values->head_stride, part->num_heads * values->head_stride);
+            fetch_ahead(part, &plan->call->values, part->values, end, h);
             FOR_DTYPE(plan->call->values.dtype, add_head, plan, part, begin, end, part->first_head + h, rows, sum)
         }
     }
@@ -247,13 +251,17 @@ static void weigh_part(const struct plan *plan, const struct part *part, float *
 static void convert_queries(const struct plan *plan, const struct part *part, float *to) {
     const struct penstock_attention *call = plan->call;
     int64_t size = call->keys.size, element = size_of(call->query_dtype);
-    int dtype = plan->product_dtype == PAIRS ? PAIRS : call->query_dtype;
+    int dtype = step_of(plan->product_dtype) > LANES ? PAIRS : call->query_dtype;
     for (int64_t g = 0; g < part->num_heads * plan->groups; g++, to += plan->query_width) {
         const char *from = (const char *)call->query + part->sequence * call->query_stride +
                            (part->first_head * plan->groups + g) * call->query_head_stride;
         for (int64_t d = 0, i = 0; d < size; d += step_of(dtype), i += LANES)
             store_floats(to + i, load_part(from + d * element, dtype, smaller(size - d, step_of(dtype))));
     }
+}
+
+INLINE const char *row_of(const struct penstock_rows *rows, int64_t block, int64_t slot) {
+    return (const char *)rows->data + block * rows->block_stride + slot * rows->token_stride;
 }
 
 static void find_rows(const struct plan *plan, struct part *part) {
@@ -263,9 +271,8 @@ static void find_rows(const struct plan *plan, struct part *part) {
     part->num_tokens = smaller((part->number + 1) * PART, call->lengths[part->sequence]) - begin;
     for (int64_t i = 0; i < part->num_tokens; i++) {
         int64_t block = table[(begin + i) / call->block_tokens], slot = (begin + i) % call->block_tokens;
-        part->keys[i] = (const char *)call->keys.data + block * call->keys.block_stride + slot * call->keys.token_stride;
-        part->values[i] =
-            (const char *)call->values.data + block * call->values.block_stride + slot * call->values.token_stride;
+        part->keys[i] = row_of(&call->keys, block, slot);
+        part->values[i] = row_of(&call->values, block, slot);
         part->slots[i] = (block * call->block_tokens + slot) * call->num_heads;
     }
 }
@@ -372,8 +379,7 @@ int penstock_attend_paged(const struct penstock_attention *call) {
     struct plan plan = {.call = call, .groups = call->num_query_heads / call->num_heads};
     if (!is_valid(call))
         return 1;
-    int is_paired = HAS_PAIRS && call->query_dtype == PENSTOCK_BFLOAT16 && call->keys.dtype == PENSTOCK_BFLOAT16;
-    plan.product_dtype = is_paired ? PAIRS : call->keys.dtype;
+    plan.product_dtype = paired(call->keys.dtype, call->query_dtype);
     plan.query_width = round_up(call->keys.size, step_of(plan.product_dtype)) / step_of(plan.product_dtype) * LANES;
     plan.value_width = round_up(call->values.size, LANES);
     plan.partial_width = plan.value_width + LANES;

@@ -44,24 +44,32 @@ INLINE floats choose(integers mask, floats one, floats other) {
     return (floats)((mask & (integers)one) | (~mask & (integers)other));
 }
 
-INLINE int64_t size_of(int dtype) {
-    return dtype == PENSTOCK_FLOAT32 ? 4 : dtype == PENSTOCK_INT8 ? 1 : 2;
-}
-
-/* Both factors of a product as pairs of bfloat16: half the instructions, and products are as exact. */
+/* Factors of a product as pairs of bfloat16: half the instructions, and products as exact as in float32. */
 #define PAIRS 4
+#define PAIRS_OF_INT8 5
 #if defined(__AVX512BF16__) && LANES == 16
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
 #endif
 
+INLINE int64_t size_of(int dtype) {
+    return dtype == PENSTOCK_FLOAT32 ? 4 : dtype == PENSTOCK_INT8 || dtype == PAIRS_OF_INT8 ? 1 : 2;
+}
+
+/* How keys are multiplied with queries. */
+INLINE int paired(int keys, int queries) {
+    if (HAS_PAIRS && queries == PENSTOCK_BFLOAT16 && (keys == PENSTOCK_BFLOAT16 || keys == PENSTOCK_INT8))
+        return keys == PENSTOCK_INT8 ? PAIRS_OF_INT8 : PAIRS;
+    return keys;
+}
+
 /* How many elements of a row make one vector. */
-INLINE int64_t step_of(int dtype) { return dtype == PAIRS ? 2 * LANES : LANES; }
+INLINE int64_t step_of(int dtype) { return dtype >= PAIRS ? 2 * LANES : LANES; }
 
 INLINE floats add_product(floats sum, floats a, floats b, int dtype) {
 #if HAS_PAIRS
-    if (dtype == PAIRS)
+    if (dtype >= PAIRS)
         return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
     (void)dtype;
@@ -104,6 +112,12 @@ INLINE floats load_vector(const char *from, int dtype) {
         memcpy(&raw, from, sizeof raw);
         return (floats)(__builtin_convertvector(raw, words) << 16);
     }
+#if HAS_PAIRS
+    if (dtype == PAIRS_OF_INT8)
+        return (floats)_mm512_cvtne2ps_pbh(
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + LANES)))),
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from))));
+#endif
 #if LANES == 16
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 #endif

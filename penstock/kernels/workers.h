@@ -1,8 +1,8 @@
 /* A pool of threads that sleep until there is work, for any number of calls at the same time.
 
    Why not OpenMP: torch brings a libgomp of its own, so a second one would be in the process; its threads spin after
-   each region, beside the work that this must not disturb; a team belongs to one calling thread; and a child of fork
-   that uses it hangs. Here the caller works too, the others sleep on a condition, and a child starts with no threads. */
+   each region, beside the work that this must not disturb; every calling thread gets a team of its own; and a child of
+   fork that uses it hangs. Here the caller works too, others sleep on a condition, and a child starts without any. */
 
 #include <errno.h>
 #include <pthread.h>

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import Case, make, wanted
 from torch import Tensor
+
+from penstock.kernels import compiled
+from penstock.kernels.paged_cpu import CompiledAttention, load_attend_paged
 
 FLOAT32, BFLOAT16, FLOAT16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 TOLERANCE = {
@@ -22,6 +26,7 @@ TOLERANCE = {
 }
 MIXED = (1, 0, 37, 1300, 0, 512, 513)
 HEADS = [(1, 1), (6, 3), (9, 3), (8, 2), (5, 1), (12, 2), (7, 1), (16, 2), (32, 2), (72, 1), (64, 64)]
+NEEDED = {"-march=haswell": ["avx2", "fma", "f16c", "bmi2"], "-march=x86-64-v4": ["avx512f", "avx512bw", "avx512vl"]}
 SAME_SIZES = (1, 64, 80, 96, 112, 128, 192, 256)
 SIZES = [(each, each) for each in SAME_SIZES] + [(192, 128), (8, 3), (33, 65), (100, 7), (31, 49), (576, 512)]
 
@@ -81,6 +86,19 @@ def test_scores_far_apart(attend_compiled, dtype, sinks):
 @pytest.mark.parametrize("block_tokens", [1, 2, 3, 7, 16, 17, 64, 1000])
 def test_every_size_of_blocks(attend_compiled, block_tokens):
     compare(make(Case((*MIXED, 63, 64, 65), block_tokens=block_tokens)), attend_compiled)
+
+
+@pytest.mark.parametrize("target", ["", "-march=haswell", "-march=x86-64-v4"])
+def test_other_processors(target, monkeypatch):
+    """Plain C and narrower vectors than this machine may have, on every group of query heads and odd sizes."""
+    if target and not set(NEEDED[target]) <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this processor cannot run it")
+    monkeypatch.setattr(compiled, "_TARGETS", ((*target.split(), "-O1"),))
+    attend = load_attend_paged.__wrapped__(None)
+    assert isinstance(attend, CompiledAttention)
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16, INT8):
+        compare(make(Case(MIXED, (15, 1), (64, 64), dtype=dtype, softcap=5.0, sinks=True)), attend, num_threads=2)
+        compare(make(Case(MIXED, (3, 3), (31, 49), dtype=dtype, out_dtype=dtype if dtype != INT8 else FLOAT16)), attend)
 
 
 def test_nothing_to_do(attend_compiled):
