@@ -5,9 +5,10 @@
    weights, kept aside. Who ends the last part of these heads joins the parts in their order. So the result depends on
    the sequence alone: not on threads, nor on neighbours, nor on how many heads a task takes.
 
-   Keys are read once for all query heads that share them: each vector of a key is converted once and multiplied with
-   up to 4 queries, LANES products side by side in registers. The tokens of a tile are visited head by head while they
-   are in the cache, and the next tile is on its way meanwhile, so memory is read nearly in order. */
+   Keys are read once for all query heads that share them: each vector of a key is multiplied with up to 4 queries,
+   LANES sums side by side in registers; each vector of values with 8 weights. The tokens of a tile are visited head by
+   head while they are in the cache, and the next tile is on its way meanwhile, so memory is read nearly in order.
+   As in every kernel of this kind, sums come before their division: weighted values beyond 3e38 overflow. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -68,9 +69,8 @@ INLINE void fetch_ahead(const struct part *part, const struct penstock_rows *row
 /* --- scores --- */
 
 /* Scores of `queries` rows with the tokens of a tile: scores[query][token]. `queries` divides LANES. */
-INLINE void score_tile(const char *const *rows, int64_t begin, int64_t end, int64_t offset,
-                       const float *query, int64_t query_width, int64_t size, int dtype, const int queries,
-                       float *scores) {
+INLINE void score_tile(const char *const *rows, int64_t begin, int64_t end, int64_t offset, const float *query,
+                       int64_t query_width, int64_t size, int dtype, const int queries, float *scores) {
     const int tokens = LANES / queries;
     const int64_t element = size_of(dtype), step = step_of(dtype), whole = size / step;
     for (int64_t token = begin; token < end; token += tokens) {
@@ -85,8 +85,8 @@ INLINE void score_tile(const char *const *rows, int64_t begin, int64_t end, int6
         }
         if (whole * step < size) {
             const float *last = query + whole * LANES;
-            UNROLL for (int j = 0; j < tokens; j++) key[j] =
-                load_part(row[j] + whole * step * element, dtype, size - whole * step);
+            UNROLL for (int j = 0; j < tokens; j++)
+                key[j] = load_part(row[j] + whole * step * element, dtype, size - whole * step);
             UNROLL for (int i = 0; i < LANES; i++) sums[i] =
                 add_product(sums[i], load_floats(last + i / tokens * query_width), key[i % tokens], dtype);
         }
@@ -100,15 +100,13 @@ INLINE void score_tile(const char *const *rows, int64_t begin, int64_t end, int6
 INLINE void score_head(const struct plan *plan, const struct part *part, int64_t begin, int64_t end, int64_t head,
                        const float *query, float *scores, int dtype) {
     const struct penstock_rows *keys = &plan->call->keys;
-    int64_t width = plan->query_width, offset = head * keys->head_stride, g = 0;
+    int64_t width = plan->query_width, start = head * keys->head_stride, g = 0;
 #define SCORE(queries)                                                                                               \
     for (; g + queries <= plan->groups; g += queries)                                                                \
-    score_tile(part->keys, begin, end, offset, query + g * width, width, keys->size, dtype, queries,           \
-               scores + g * STRIDE)
+    score_tile(part->keys, begin, end, start, query + g * width, width, keys->size, dtype, queries, scores + g * STRIDE)
     SCORE(4);
     SCORE(2);
     SCORE(1);
-#undef SCORE
 }
 
 /* --- values --- */
@@ -157,7 +155,6 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
     ADD(4);
     ADD(2);
     ADD(1);
-#undef ADD
 }
 
 /* --- one part --- */
@@ -201,8 +198,7 @@ static void add_part(const struct plan *plan, const struct part *part, const flo
 static void gather_scales(const struct penstock_rows *rows, const struct part *part, int64_t head, float *scales) {
     for (int64_t i = 0; i < part->num_tokens; i++)
         scales[i] = rows->scales ? rows->scales[part->slots[i] + head] : 1.0f;
-    for (int64_t i = part->num_tokens; i < round_up(part->num_tokens, LANES); i++)
-        scales[i] = 0;
+    for (int64_t i = part->num_tokens; i < round_up(part->num_tokens, LANES); i++) scales[i] = 0;
 }
 
 /* Make products into weights e^(score - largest), times the values' scales; return the largest score and the sum. */
@@ -219,8 +215,7 @@ static void weigh(const struct penstock_attention *call, int64_t count, float *r
         top = choose(score > top, score, top);
     }
     float most = -INFINITY;
-    for (int i = 0; i < LANES; i++)
-        most = top[i] > most ? top[i] : most;
+    for (int i = 0; i < LANES; i++) most = top[i] > most ? top[i] : most;
     float from = most == -INFINITY ? 0 : most; /* all scores are -infinity, or none is a number */
     for (int64_t i = 0; i < count; i += LANES) {
         floats weight = exponential(load_floats(row + i) - from);
@@ -229,8 +224,7 @@ static void weigh(const struct penstock_attention *call, int64_t count, float *r
     }
     *largest = most;
     *total = 0;
-    for (int i = 0; i < LANES; i++)
-        *total += sum[i];
+    for (int i = 0; i < LANES; i++) *total += sum[i];
 }
 
 static void weigh_part(const struct plan *plan, const struct part *part, float *scores, float *partials) {
@@ -241,8 +235,8 @@ static void weigh_part(const struct plan *plan, const struct part *part, float *
         for (int64_t g = h * plan->groups; g < (h + 1) * plan->groups; g++) {
             float *kept = partials + g * plan->partial_width;
             memset(kept, 0, sizeof(float) * (size_t)plan->value_width);
-            weigh(plan->call, part->num_tokens, scores + g * STRIDE, key_scales, value_scales,
-                  kept + plan->value_width, kept + plan->value_width + 1);
+            weigh(plan->call, part->num_tokens, scores + g * STRIDE, key_scales, value_scales, kept + plan->value_width,
+                  kept + plan->value_width + 1);
         }
     }
 }
@@ -295,11 +289,9 @@ static void join_head(const struct plan *plan, int64_t sequence, int64_t head, f
         const float *kept = partials + i * step;
         float share = kept[width] == -INFINITY ? 1 : expf(kept[width] - from);
         total += kept[width + 1] * share;
-        for (int64_t d = 0; d < width; d++)
-            sum[d] += kept[d] * share;
+        for (int64_t d = 0; d < width; d++) sum[d] += kept[d] * share;
     }
-    for (int64_t d = 0; d < width; d++)
-        sum[d] = sum[d] / total;
+    for (int64_t d = 0; d < width; d++) sum[d] = sum[d] / total;
     char *to = (char *)call->out + sequence * call->out_stride + head * call->out_head_stride;
     store_elements(to, sum, call->values.size, call->out_dtype);
 }

@@ -25,7 +25,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     struct job *jobs;
-    int num_threads, num_idle;
+    int num_threads, num_busy;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, 0, 0};
 
 static void take_part(struct job *job) {
@@ -50,38 +50,35 @@ static void *help(void *unused) {
     for (;;) {
         struct job *job = pool.jobs;
         if (!job) {
-            pool.num_idle++;
             pthread_cond_wait(&pool.work, &pool.lock);
-            pool.num_idle--;
             continue;
         }
         if (--job->wanted == 0)
             leave_list(job);
         job->active++;
+        pool.num_busy++;
         pthread_mutex_unlock(&pool.lock);
         take_part(job);
         pthread_mutex_lock(&pool.lock);
+        pool.num_busy--;
         if (--job->active == 0)
             pthread_cond_broadcast(&pool.done);
     }
     return NULL;
 }
 
-/* Start threads until there is one for each helper that is wanted; without the means for one, fewer do the work. */
+/* Start threads until one is free for each helper that is wanted; without the means for one, fewer do the work. */
 static void add_threads(int wanted) {
     pthread_attr_t attributes;
     pthread_t thread;
     sigset_t all, before;
-    if (pool.num_idle >= wanted || pthread_attr_init(&attributes))
+    if (pool.num_threads - pool.num_busy >= wanted || pthread_attr_init(&attributes))
         return;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before); /* signals are the interpreter's */
-    for (int missing = wanted - pool.num_idle; missing > 0; missing--) {
-        if (pthread_create(&thread, &attributes, help, NULL))
-            break;
+    while (pool.num_threads - pool.num_busy < wanted && !pthread_create(&thread, &attributes, help, NULL))
         pool.num_threads++;
-    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
 }
@@ -93,7 +90,7 @@ static void in_child(void) {
     pthread_cond_init(&pool.work, NULL);
     pthread_cond_init(&pool.done, NULL);
     pool.jobs = NULL;
-    pool.num_threads = pool.num_idle = 0;
+    pool.num_threads = pool.num_busy = 0;
 }
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(before_fork, after_fork, in_child); }
 

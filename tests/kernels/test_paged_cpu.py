@@ -26,7 +26,7 @@ TOLERANCE = {
 }
 MIXED = (1, 0, 37, 1300, 0, 512, 513)
 HEADS = [(1, 1), (6, 3), (9, 3), (8, 2), (5, 1), (12, 2), (7, 1), (16, 2), (32, 2), (72, 1), (64, 64)]
-NEEDED = {"-march=haswell": ["avx2", "fma", "f16c", "bmi2"], "-march=x86-64-v4": ["avx512f", "avx512bw", "avx512vl"]}
+AVX2 = {"avx2", "fma", "f16c", "bmi2"}
 SAME_SIZES = (1, 64, 80, 96, 112, 128, 192, 256)
 SIZES = [(each, each) for each in SAME_SIZES] + [(192, 128), (8, 3), (33, 65), (100, 7), (31, 49), (576, 512)]
 
@@ -88,10 +88,10 @@ def test_every_size_of_blocks(attend_compiled, block_tokens):
     compare(make(Case((*MIXED, 63, 64, 65), block_tokens=block_tokens)), attend_compiled)
 
 
-@pytest.mark.parametrize("target", ["", "-march=haswell", "-march=x86-64-v4"])
+@pytest.mark.parametrize("target", ["", "-march=haswell"])
 def test_other_processors(target, monkeypatch):
     """Plain C and narrower vectors than this machine may have, on every group of query heads and odd sizes."""
-    if target and not set(NEEDED[target]) <= set(Path("/proc/cpuinfo").read_text().split()):
+    if target and not AVX2.issubset(Path("/proc/cpuinfo").read_text().split()):
         pytest.skip("this processor cannot run it")
     monkeypatch.setattr(compiled, "_TARGETS", ((*target.split(), "-O1"),))
     attend = load_attend_paged.__wrapped__(None)
