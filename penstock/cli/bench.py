@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     if (options.model is None) == (options.shape is None):
         raise ConfigError("bench needs a model or a shape", fix="Give either a MODEL directory or --shape NAME.")
-    if options.model is not None and not options.dummy and (options.layers or options.distinct_layers):
+    if not (options.shape or options.dummy) and (options.layers, options.distinct_layers) != (None, None):
         raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
     check_output(options.trace)
     with held_back():  # some libraries swallow an exit that comes while they are imported
