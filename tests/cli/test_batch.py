@@ -90,7 +90,7 @@ def test_results_are_those_of_generate_in_the_order_of_the_lines(batch, tiny_lla
 
 
 def test_bad_lines_become_errors_with_their_numbers_and_the_rest_is_done(batch):
-    lines = [request(number) for number in range(1, 301)]
+    lines = [request(number) for number in range(1, 101)]
     bad = {
         3: "{",
         50: "[1, 2]",
@@ -102,16 +102,16 @@ def test_bad_lines_become_errors_with_their_numbers_and_the_rest_is_done(batch):
         56: '{"custom_id": 5}',
         57: '{"prompt": "text"}',
         58: json.dumps(request(58, prompt=[4], max_tokens=250)),
-        300: "\x00",
+        100: "\x00",
     }
     for number, text in bad.items():
         lines[number - 1] = text
     batch.write(lines)
     status, err = batch("--device-memory", "600KiB")
     assert status == 0
-    assert "289 results and 11 errors of 300 lines" in err
+    assert "89 results and 11 errors of 100 lines" in err
     results = batch.results()
-    assert [one["id"] for one in results] == [f"batch_req_{number}" for number in range(1, 301)]
+    assert [one["id"] for one in results] == [f"batch_req_{number}" for number in range(1, 101)]
     errors = {one["error"]["line"]: one for one in results if one["error"]}
     assert sorted(errors) == sorted(bad)
     assert all(one["response"] is None for one in errors.values())
@@ -126,7 +126,7 @@ def test_bad_lines_become_errors_with_their_numbers_and_the_rest_is_done(batch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_pass_and_the_same_command_goes_on(batch, stop_after, number, monkeypatch):
-    batch.write(["bad"] + [request(one, temperature=one % 2) for one in range(2, 102)])
+    batch.write(["bad"] + [request(one, temperature=one % 2) for one in range(2, 62)])
     assert batch()[0] == 0
     wanted = batch.target.read_bytes()
     batch.target.unlink()
@@ -136,7 +136,7 @@ def test_a_signal_ends_the_pass_and_the_same_command_goes_on(batch, stop_after, 
     assert "run the same command again to go on" in err
     assert not batch.target.exists()
     done = batch.part.read_bytes().count(b"\n") - 1
-    assert 30 <= done < 101
+    assert 30 <= done < 61
     monkeypatch.undo()
     seen = []
     stream = LLM.stream
@@ -147,11 +147,11 @@ def test_a_signal_ends_the_pass_and_the_same_command_goes_on(batch, stop_after, 
     monkeypatch.setattr(LLM, "stream", counted)
     status, err = batch("--json")
     assert status == 0
-    assert f"going on: {done} of 101 lines are done" in err
-    assert len(seen) == 101 - done, "nothing is done twice"
+    assert f"going on: {done} of 61 lines are done" in err
+    assert len(seen) == 61 - done, "nothing is done twice"
     assert batch.target.read_bytes() == wanted
     summary = json.loads(batch.out)
-    assert (summary["lines"], summary["errors"], summary["resumed"]) == (101, 1, True)
+    assert (summary["lines"], summary["errors"], summary["resumed"]) == (61, 1, True)
 
 
 def test_memory_may_differ_when_a_job_goes_on_but_nothing_else(batch, stop_after, monkeypatch):
