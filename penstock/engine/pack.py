@@ -144,19 +144,19 @@ class _Packer:
             reader, _ = open_reader(
                 settings.backend, shards[0].tensors[0].entry.file, memory.view, block_nbytes=settings.block_nbytes
             )
-            with reader, _workers() as self._workers:
+            with reader, _workers() as workers:
                 read = PieceReader(reader, memory.view, num_regions=_REGIONS)
                 with closing(read(_ranges(left))) as pieces:
                     for shard in shards:
-                        self._write_shard(shard, self._counted(pieces))
+                        self._write_shard(shard, self._counted(pieces), workers)
 
-    def _write_shard(self, shard: PlannedShard, pieces: Iterator[memoryview]) -> None:
+    def _write_shard(self, shard: PlannedShard, pieces: Iterator[memoryview], workers: Executor) -> None:
         place, end = self._place, shard.data_start
         with naming(place.directory), ShardWriter(place.directory / shard.name, place.note) as writer:
             for tensor in shard.tensors:
                 known = place.finished.get(tensor.entry.name)
                 if known is None:
-                    end = _TensorPacker(tensor, writer, end, self._encoder(tensor)).run(pieces)
+                    end = _TensorPacker(tensor, writer, end, self._encoder(tensor, workers)).run(pieces)
                 else:
                     end = max(one.offset + one.nbytes for one in known.stored)
             names = [tensor.entry.name for tensor in shard.tensors]
@@ -165,10 +165,10 @@ class _Packer:
                 end,
             )
 
-    def _encoder(self, tensor: PlannedTensor) -> Encoder | None:
+    def _encoder(self, tensor: PlannedTensor, workers: Executor) -> Encoder | None:
         if tensor.coding is None or not tensor.entry.nbytes:
             return None
-        return encoder_for(tensor.coding, self._workers, search=self._search)
+        return encoder_for(tensor.coding, workers, search=self._search)
 
     def _counted(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:
