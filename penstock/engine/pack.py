@@ -9,7 +9,8 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from penstock.io.settings import ReadSettings
 from penstock.io.shard import shard_header
 from penstock.offload.buffers import DTYPES
 from penstock.offload.codec import ANY_LENGTH, Coding, PackOptions
-from penstock.offload.encode import DoesNotPay, encoder_for, piece_nbytes
+from penstock.offload.encode import DoesNotPay, Encoder, encoder_for, piece_nbytes
 from penstock.offload.manifest import (
     MANIFEST,
     FileRecord,
@@ -143,19 +144,19 @@ class _Packer:
             reader, _ = open_reader(
                 settings.backend, shards[0].tensors[0].entry.file, memory.view, block_nbytes=settings.block_nbytes
             )
-            with reader, torch.inference_mode():
+            with reader, _workers() as workers:
                 read = PieceReader(reader, memory.view, num_regions=_REGIONS)
                 with closing(read(_ranges(left))) as pieces:
                     for shard in shards:
-                        self._write_shard(shard, self._counted(pieces))
+                        self._write_shard(shard, self._counted(pieces), workers)
 
-    def _write_shard(self, shard: PlannedShard, pieces: Iterator[memoryview]) -> None:
+    def _write_shard(self, shard: PlannedShard, pieces: Iterator[memoryview], workers: Executor) -> None:
         place, end = self._place, shard.data_start
         with naming(place.directory), ShardWriter(place.directory / shard.name, place.note) as writer:
             for tensor in shard.tensors:
                 known = place.finished.get(tensor.entry.name)
                 if known is None:
-                    end = _TensorPacker(tensor, writer, end, search=self._search).run(pieces)
+                    end = _TensorPacker(tensor, writer, end, self._encoder(tensor, workers)).run(pieces)
                 else:
                     end = max(one.offset + one.nbytes for one in known.stored)
             names = [tensor.entry.name for tensor in shard.tensors]
@@ -164,12 +165,29 @@ class _Packer:
                 end,
             )
 
+    def _encoder(self, tensor: PlannedTensor, workers: Executor) -> Encoder | None:
+        if tensor.coding is None or not tensor.entry.nbytes:
+            return None
+        return encoder_for(tensor.coding, workers, search=self._search)
+
     def _counted(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:
             yield piece
             self._read += piece.nbytes
             if self._on_progress:
                 self._on_progress(self._read, self._total)
+
+
+@contextmanager
+def _workers() -> Iterator[Executor]:
+    """Threads that encode, one on each core; torch itself uses one thread for each of them meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="penstock-encode") as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ranges(tensors: Sequence[PlannedTensor]) -> Iterator[tuple[SourceFile, int, int]]:
@@ -182,10 +200,10 @@ def _ranges(tensors: Sequence[PlannedTensor]) -> Iterator[tuple[SourceFile, int,
 class _TensorPacker:
     """Writes one tensor from `start` of a shard on, coded if that pays."""
 
-    def __init__(self, tensor: PlannedTensor, writer: ShardWriter, start: int, *, search: bool) -> None:
+    def __init__(self, tensor: PlannedTensor, writer: ShardWriter, start: int, encoder: Encoder | None) -> None:
         self._entry, self._writer, self._start = tensor.entry, writer, start
-        self._coding = tensor.coding if tensor.entry.nbytes else None
-        self._encoder = encoder_for(self._coding, search=search) if self._coding else None
+        self._coding = tensor.coding if encoder else None
+        self._encoder = encoder
         self._parts = _parts(self._entry, self._coding, start)
         self._note: str | None = None
         self._taken = 0

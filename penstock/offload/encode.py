@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,10 @@ _SAMPLE = 1 << 20
 """The exact codec's table comes from about this many values of the first piece."""
 
 
+_SHARE = 1 << 19
+"""Values that a thread encodes at once; a multiple of 1024."""
+
+
 class DoesNotPay(Exception):  # noqa: N818 (a signal to the caller, not a fault)
     """The tensor is better stored as it is; the message says why."""
 
@@ -25,58 +32,66 @@ class DoesNotPay(Exception):  # noqa: N818 (a signal to the caller, not a fault)
 class ExactEncoder:
     """Lossless bfloat16; pieces are multiples of 1024 values."""
 
-    def __init__(self, coding: Coding) -> None:
+    def __init__(self, coding: Coding, workers: Executor) -> None:
         self._coding = coding
+        self._workers = workers
         self._table: Tensor | None = None
         self._escapes = 0
 
     def encode(self, piece: Tensor) -> tuple[Tensor, ...]:
         """Return what each part goes on with. Raises DoesNotPay when too few exponents have codes."""
+        table = torch.empty(0, dtype=torch.uint8)
         if self._table is None:
             # An odd stride, so that every column is seen.
-            self._table = exact.choose_table(piece[:: max(piece.numel() // _SAMPLE, 1) | 1])
-            table = self._table
-        else:
-            table = torch.empty(0, dtype=torch.uint8)
-        made = exact.encode(piece, self._table)
-        start = made.start + self._escapes
-        self._escapes += made.extra.numel()
+            self._table = table = exact.choose_table(piece[:: max(piece.numel() // _SAMPLE, 1) | 1])
+        known = self._table
+        made = list(self._workers.map(lambda share: exact.encode(share, known), piece.split(_SHARE)))
+        starts = []
+        for one in made:
+            starts.append(one.start + self._escapes)
+            self._escapes += one.extra.numel()
         size = self._coding.size
         if 2 * size <= size + -(-size // 2) + 16 + 4 * -(-size // exact.BLOCK) + self._escapes:
             raise DoesNotPay(f"{self._escapes} of {size} exponents have no code")
-        return (made.low, made.code, table, start.to(torch.int32), made.extra)
+        joined = [torch.cat([getattr(one, name) for one in made]) for name in ("low", "code", "extra")]
+        return (joined[0], joined[1], table, torch.cat(starts).to(torch.int32), joined[2])
 
 
 class GroupwiseEncoder:
     """Integers with scales; pieces are whole rows."""
 
-    def __init__(self, coding: Coding, *, search: bool) -> None:
-        self._coding = coding
-        self._search = search
-
-    def encode(self, piece: Tensor) -> tuple[Tensor, ...]:
-        """Return what each part goes on with. Raises DoesNotPay for values that are no finite numbers."""
-        coding = self._coding
+    def __init__(self, coding: Coding, workers: Executor, *, search: bool) -> None:
         assert coding.group_size is not None
         assert coding.symmetric is not None
-        made = groupwise.quantise(
-            piece.view(-1, coding.matrix[1]),
+        self._columns = coding.matrix[1]
+        self._workers = workers
+        self._quantise = partial(
+            groupwise.quantise,
             bits=8 if coding.codec == "int8" else 4,
             group_size=coding.group_size,
             symmetric=coding.symmetric,
-            search=self._search,
+            search=search,
         )
-        if not bool(made.scale.isfinite().all()):
+
+    def encode(self, piece: Tensor) -> tuple[Tensor, ...]:
+        """Return what each part goes on with. Raises DoesNotPay for values that are no finite numbers."""
+        rows = piece.view(-1, self._columns)
+        made = list(self._workers.map(self._quantise, rows.split(max(_SHARE // self._columns, 1))))
+        codes, scale = torch.cat([one.codes for one in made]), torch.cat([one.scale for one in made])
+        if not bool(scale.isfinite().all()):
             raise DoesNotPay("it holds values that are infinite or no numbers")
-        return (made.codes, made.scale) if made.zero is None else (made.codes, made.scale, made.zero)
+        zeros = [one.zero for one in made if one.zero is not None]
+        return (codes, scale, torch.cat(zeros)) if zeros else (codes, scale)
 
 
 Encoder = ExactEncoder | GroupwiseEncoder
 
 
-def encoder_for(coding: Coding, *, search: bool) -> Encoder:
-    """Return a fresh encoder for one tensor."""
-    return ExactEncoder(coding) if coding.codec == "exact" else GroupwiseEncoder(coding, search=search)
+def encoder_for(coding: Coding, workers: Executor, *, search: bool) -> Encoder:
+    """Return a fresh encoder for one tensor, which has its work done by threads."""
+    return (
+        ExactEncoder(coding, workers) if coding.codec == "exact" else GroupwiseEncoder(coding, workers, search=search)
+    )
 
 
 def piece_nbytes(coding: Coding | None) -> int:

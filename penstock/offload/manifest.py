@@ -173,6 +173,8 @@ def open_stored(checkpoint: Checkpoint) -> Stored:
     if manifest is None:
         return Stored(checkpoint.tensors, {})
     for name, record in manifest.files.items():
+        if Path(name).name != name:
+            raise ManifestError("it names a file elsewhere", file=checkpoint.directory / MANIFEST, got=repr(name))
         check_file(checkpoint.directory / name, record)
     tensors: dict[str, TensorEntry | CodedTensor] = {}
     checks: dict[str, Check] = {}

@@ -1,0 +1,224 @@
+"""A run before it runs: the real scheduler makes its passes, and the cost of each is added up instead of computed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from penstock.engine.batch import Span
+from penstock.engine.flops import ModelFlops
+from penstock.engine.sampling_params import SamplingParams
+from penstock.engine.scheduler import Scheduler
+from penstock.engine.sequence import Sequence
+from penstock.errors import BudgetError
+from penstock.offload.blocks import KVCost
+from penstock.offload.cost import Machine, PassCost, pass_cost
+from penstock.offload.plan import Plan
+
+__all__ = ["Forecast", "Length", "forecast"]
+
+Batches = Items[Items[Span]]
+
+MAX_PASSES = 2000
+"""Passes that are made one by one; what is left then goes on at the pace of the last half of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Tokens of one request: of its prompt, and to be generated."""
+
+    prompt: int
+    generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will take. `busy_seconds` is each resource's, `waits_for` the share of the time that it sets the pace."""
+
+    seconds: float
+    passes: int
+    generated_tokens: int
+    peak_sequences: int
+    busy_seconds: dict[str, float]
+    waits_for: dict[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second of the whole run."""
+        return self.generated_tokens / self.seconds
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that sets the pace for most of the time."""
+        return max(self.waits_for, key=lambda name: self.waits_for[name])
+
+    def explain(self) -> str:
+        """Say it in one line."""
+        return (
+            f"forecast {self.tokens_per_second:.1f} tokens/s in {self.passes} passes, {self.seconds:.1f} s, up to "
+            f"{self.peak_sequences} sequences at once; the pace is set by {self.bottleneck.replace('_', ' ')}"
+        )
+
+    def scaled(self, factor: float) -> Forecast:
+        """Return the forecast of a run that is so many times as long."""
+        return replace(
+            self,
+            seconds=self.seconds * factor,
+            passes=round(self.passes * factor),
+            generated_tokens=round(self.generated_tokens * factor),
+            busy_seconds={name: seconds * factor for name, seconds in self.busy_seconds.items()},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the forecast for JSON."""
+        return {
+            "seconds": self.seconds,
+            "passes": self.passes,
+            "generated_tokens": self.generated_tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_sequences": self.peak_sequences,
+            "busy_seconds": self.busy_seconds,
+            "waits_for": self.waits_for,
+            "bottleneck": self.bottleneck,
+        }
+
+
+class _Blocks:
+    """The room that a store of keys and values would have, in numbers."""
+
+    def __init__(self, limit_nbytes: int, cost: KVCost, lengths: list[int]) -> None:
+        self._cost = cost
+        self._limit = limit_nbytes
+        self._blocks = cost.divide(limit_nbytes, lengths)
+        self._left = limit_nbytes - self._blocks * cost.block_nbytes
+        self._held: dict[Hashable, int] = {}
+
+    def fits(self, num_tokens: int) -> bool:
+        besides = (len(self._held) + 1) * self._cost.sequence_nbytes
+        return besides <= self._left and self._cost.blocks_of(num_tokens) <= self._blocks
+
+    def check(self, num_tokens: int, what: str) -> None:
+        if self._cost.of(num_tokens) > self._limit:
+            wanted, got = f"{self._cost.of(num_tokens)} bytes", f"{self._limit} bytes in all"
+            raise BudgetError(f"no room for the keys and values of {what} ({num_tokens} tokens)", wanted=wanted, got=got)
+
+    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
+        self._held[sequence] = blocks = self._cost.blocks_of(num_tokens)
+        self._blocks -= blocks
+
+    def release(self, sequence: Hashable) -> None:
+        self._blocks += self._held.pop(sequence)
+
+
+def forecast(
+    plan: Plan,
+    machine: Machine,
+    model: ModelFlops,
+    lengths: Iterable[Length],
+    *,
+    cost: KVCost,
+    splits_prompts: bool = True,
+    max_passes: int = MAX_PASSES,
+) -> Forecast:
+    """Return what a run over requests of these lengths, in this order, will take.
+
+    Raises ProfileError for a rate that is not known, BudgetError for a request that can never run.
+    """
+    every = list(lengths)
+    room = _Blocks(plan.kv_nbytes, cost, [length.prompt + length.generated for length in every])
+    scheduler = Scheduler(
+        room,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        pass_tokens=plan.pass_tokens,
+        splits_prompts=splits_prompts,
+    )
+    scheduler.feed(_sequences(every))
+    total = sum(length.generated for length in every)
+    return _Tally(total, plan, machine, model).run(scheduler, max_passes)
+
+
+def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
+    params = SamplingParams()
+    for number, length in enumerate(lengths):
+        yield Sequence(number, None, (0,) * length.prompt, params, length.prompt + length.generated)
+
+
+class _Tally:
+    """Adds up passes."""
+
+    def __init__(self, total: int, plan: Plan, machine: Machine, model: ModelFlops) -> None:
+        self._total = total
+        self._known = plan, machine, model
+        self._seconds = [0.0]
+        self._generated = [0]
+        self._busy: dict[str, float] = {}
+        self._waits: dict[str, float] = {}
+        self._peak = 0
+
+    def run(self, scheduler: Scheduler, max_passes: int) -> Forecast:
+        while len(self._seconds) <= max_passes:
+            schedule = scheduler.schedule()
+            if not schedule.micro_batches:
+                break
+            self._peak = max(self._peak, len(scheduler.running))
+            ready = scheduler.computed(schedule)
+            cost = self._cost_of(schedule.micro_batches, rows=len(ready))
+            self._add(cost, generated=len(ready))
+            self._append(scheduler, ready, 1)
+            if schedule.num_tokens == len(ready) == len(scheduler.running):
+                self._skip(scheduler, schedule.micro_batches, cost)
+        return self._forecast()
+
+    def _append(self, scheduler: Scheduler, sequences: Iterable[Sequence], count: int) -> None:
+        for sequence in sequences:
+            sequence.output_ids += [0] * count
+            sequence.num_computed = sequence.num_tokens - 1
+            if sequence.num_tokens == sequence.capacity:
+                scheduler.finish(sequence)
+
+    def _skip(self, scheduler: Scheduler, batches: Batches, cost: PassCost) -> None:
+        """Until the next sequence finishes, passes differ from this one in the length of what they attend to only."""
+        count = min(sequence.capacity - sequence.num_tokens for sequence in scheduler.running) - 1
+        if count > 0:
+            later = [[Span(span.sequence, span.start + count, 1) for span in batch] for batch in batches]
+            rows = len(scheduler.running)
+            last = self._cost_of(later, rows=rows)
+            for number in range(1, count + 1):
+                self._add(cost.towards(last, number / count), generated=rows)
+            self._append(scheduler, scheduler.running, count)
+
+    def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
+        plan, machine, model = self._known
+        return pass_cost(
+            plan,
+            machine,
+            flops=model.of(chain.from_iterable(batches), rows=rows),
+            weight_nbytes=sum(model.weights_read(sum(span.length for span in batch)) for batch in batches),
+        )
+
+    def _add(self, cost: PassCost, *, generated: int) -> None:
+        self._seconds.append(self._seconds[-1] + cost.seconds)
+        self._generated.append(self._generated[-1] + generated)
+        for name, seconds in cost.busy.items():
+            self._busy[name] = self._busy.get(name, 0.0) + seconds
+        self._waits[cost.bottleneck] = self._waits.get(cost.bottleneck, 0.0) + cost.seconds
+
+    def _forecast(self) -> Forecast:
+        """Return the sums; what was left out goes on at the pace of the last half."""
+        passes, seconds, generated = len(self._seconds) - 1, self._seconds[-1], self._generated[-1]
+        grow = 1.0
+        if left := self._total - generated:
+            half = passes // 2
+            pace = (generated - self._generated[half]) / (seconds - self._seconds[half])
+            grow = 1 + left / pace / seconds
+        return Forecast(
+            seconds=seconds * grow,
+            passes=round(passes * grow),
+            generated_tokens=self._total,
+            peak_sequences=self._peak,
+            busy_seconds={name: busy * grow for name, busy in self._busy.items()},
+            waits_for={name: waited / seconds for name, waited in self._waits.items()},
+        )

@@ -1,0 +1,97 @@
+"""What a pass costs: the seconds that each resource is busy with it, from measured rates and the model's own numbers.
+
+Weights move to the device beside the computing, so a pass takes as long as its busiest resource.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from penstock.errors import ProfileError
+from penstock.offload.hardware import HardwareProfile
+from penstock.offload.plan import Plan
+
+__all__ = ["COMPUTING", "HOST_TO_DEVICE", "NVME_TO_HOST", "Machine", "PassCost", "pass_cost"]
+
+COMPUTING = "computing"
+HOST_TO_DEVICE = "host_to_device"
+NVME_TO_HOST = "nvme_to_host"
+
+_MEASURE = "Measure with `penstock profile`, without --quick, on the machine and the disk of the model."
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Rates that bound a pass, in bytes and FLOP per second. None: not measured, and fatal where it is needed.
+
+    `device_memory` is how fast computing reads weights, keys and values.
+    """
+
+    host_to_device: float | None
+    nvme_to_host: float | None
+    flops: float | None
+    device_memory: float | None
+
+    @classmethod
+    def of(cls, profile: HardwareProfile, path: str | os.PathLike[str], *, dtype: str, on_cpu: bool) -> Machine:
+        """Return what a profile says of a device, the CPU or the GPU, and of the disk of `path`. Raises OSError."""
+        links, disk = profile.links, profile.disk_for(path)
+        choice = disk.sweep.choice if disk else None
+        measured_here = on_cpu == (links.device == "cpu")
+        return cls(
+            host_to_device=links.host_copy if on_cpu else links.host_to_device,
+            nvme_to_host=choice.bytes_per_second if choice else None,
+            flops=links.matmul.get(dtype) if measured_here else None,
+            device_memory=links.host_read if on_cpu else links.device_memory,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """Seconds that each resource is busy in a pass; they are busy at the same time."""
+
+    busy: Mapping[str, float]
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that the others wait for."""
+        return max(self.busy, key=lambda name: self.busy[name])
+
+    @property
+    def seconds(self) -> float:
+        """How long the pass takes."""
+        return max(self.busy.values())
+
+    def towards(self, other: PassCost, share: float) -> PassCost:
+        """Return the cost that lies between this one (`share` 0) and another (1)."""
+        return PassCost({name: busy + share * (other.busy[name] - busy) for name, busy in self.busy.items()})
+
+
+def pass_cost(plan: Plan, machine: Machine, *, flops: float, weight_nbytes: float) -> PassCost:
+    """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of weights to do so.
+
+    Computing takes as long as its arithmetic or its reading, whichever is longer. Raises ProfileError when a rate that
+    the pass depends on has not been measured.
+    """
+    computing = max(
+        _seconds("arithmetic", flops, machine.flops),
+        _seconds("the device's memory", weight_nbytes, machine.device_memory),
+    )
+    streamed = plan.host_nbytes + plan.nvme_nbytes
+    return PassCost(
+        {
+            COMPUTING: computing,
+            HOST_TO_DEVICE: _seconds("host to device", streamed, machine.host_to_device),
+            NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes, machine.nvme_to_host),
+        }
+    )
+
+
+def _seconds(what: str, amount: float, rate: float | None) -> float:
+    if not amount:
+        return 0.0
+    if rate is None:
+        raise ProfileError(f"the rate of {what} is not known", fix=_MEASURE)
+    return amount / rate

@@ -1,0 +1,109 @@
+"""A forecast makes the passes that a run makes, and adds up what each costs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_plan import make_plan_of
+
+from penstock.engine import forecast as module
+from penstock.engine.flops import ModelFlops
+from penstock.engine.forecast import Length, forecast
+from penstock.engine.llm import LLM
+from penstock.engine.sampling_params import SamplingParams
+from penstock.errors import BudgetError
+from penstock.offload.blocks import BLOCK_TOKENS, KVCost
+from penstock.offload.cost import HOST_TO_DEVICE, Machine
+
+MACHINE = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e12, device_memory=1e12)
+COST = KVCost(10, 0, 4)
+
+
+def model(**values):
+    usual = {"parameters": 1, "per_token": 10**9, "per_row": 0, "per_pair": {None: 0}}
+    return ModelFlops(**(usual | {"shared_nbytes": 0, "expert_nbytes": 0, "expert_share": 0.0} | values))
+
+
+def test_one_request_by_hand():
+    """A prompt in two passes, the second of which gives the first token; then a pass for each other token."""
+    plan = make_plan_of(kv_nbytes=10**6, host_nbytes=10**7, pass_tokens=64)
+    found = forecast(plan, MACHINE, model(), [Length(100, 5)], cost=COST)
+    assert (found.passes, found.generated_tokens, found.peak_sequences) == (6, 5, 1)
+    # 64 and 36 ms of arithmetic, then 10 ms of the bus.
+    assert found.seconds == pytest.approx(0.064 + 0.036 + 4 * 0.010)
+    assert found.busy_seconds[HOST_TO_DEVICE] == pytest.approx(0.060)
+    assert found.waits_for[HOST_TO_DEVICE] == pytest.approx(0.040 / found.seconds)
+
+
+def test_places_are_taken_again():
+    """Keys and values of two at a time: three waves of two and one of one."""
+    plan = make_plan_of(kv_nbytes=2 * COST.of(12), host_nbytes=10**9)
+    found = forecast(plan, MACHINE, model(), [Length(8, 4)] * 7, cost=COST)
+    assert (found.passes, found.peak_sequences) == (16, 2)
+    assert found.bottleneck == HOST_TO_DEVICE
+    assert found.tokens_per_second == pytest.approx(28 / 16)
+
+
+def test_micro_batches_read_the_weights_again():
+    plan = make_plan_of(kv_nbytes=10**6, micro_batch_tokens=16, pass_tokens=64)
+    quick = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e15, device_memory=1e9)
+    found = forecast(plan, quick, model(shared_nbytes=10**6), [Length(64, 1)], cost=COST)
+    assert found.seconds == pytest.approx(4e-3)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_experts_are_read_when_somebody_chooses_them(fewer, more):
+    some = model(shared_nbytes=10, expert_nbytes=1000, expert_share=1 / 16)
+    assert 10 + 1000 / 16 - 1e-9 <= some.weights_read(min(fewer, more)) <= some.weights_read(max(fewer, more)) <= 1010
+
+
+def test_a_request_that_never_fits():
+    with pytest.raises(BudgetError, match="no room for the keys and values of prompt 1"):
+        forecast(make_plan_of(kv_nbytes=200), MACHINE, model(), [Length(8, 4), Length(100, 4)], cost=COST)
+
+
+def test_the_rest_of_a_long_run_goes_on_at_the_same_pace(monkeypatch):
+    plan = make_plan_of(kv_nbytes=8 * COST.of(32), host_nbytes=10**8)
+    lengths = [Length(8 + number % 9, 6 + number % 5) for number in range(400)]
+    whole = forecast(plan, MACHINE, model(), lengths, cost=COST)
+    part = forecast(plan, MACHINE, model(), lengths, cost=COST, max_passes=whole.passes // 4)
+    assert part.generated_tokens == whole.generated_tokens
+    assert part.seconds == pytest.approx(whole.seconds, rel=0.05)
+
+
+LENGTHS = st.lists(st.builds(Length, st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=12)
+
+
+@given(LENGTHS)
+def test_passes_that_are_alike_are_not_made_one_by_one(lengths):
+    """Skipping them changes nothing but the rounding."""
+    plan = make_plan_of(kv_nbytes=3 * COST.of(60), host_nbytes=10**7, pass_tokens=64)
+    skipping = forecast(plan, MACHINE, model(per_pair={None: 10**6}), lengths, cost=COST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Tally, "_skip", lambda *_: None)
+        plodding = forecast(plan, MACHINE, model(per_pair={None: 10**6}), lengths, cost=COST)
+    assert skipping.passes == plodding.passes
+    assert skipping.seconds == pytest.approx(plodding.seconds)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama):
+    from penstock.offload.tiers import MemoryTiers
+
+    tiers = MemoryTiers(device="1MiB", host="200KiB")
+    with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16) as made:
+        yield made
+
+
+SHORT = st.lists(st.builds(Length, st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=6)
+
+
+@settings(max_examples=5, deadline=None)
+@given(SHORT)
+def test_it_makes_the_passes_that_the_engine_makes(llm, lengths):
+    params = [SamplingParams(max_tokens=one.generated, temperature=0.0, ignore_eos=True) for one in lengths]
+    llm.generate([[7] * one.prompt for one in lengths], params)
+    cost = KVCost(llm._shape.kv_token_nbytes, llm._shape.kv_sequence_nbytes, BLOCK_TOKENS)
+    found = forecast(llm.plan, MACHINE, model(), lengths, cost=cost)
+    run = llm.last_run
+    assert (found.passes, found.peak_sequences) == (run.num_passes, run.peak_sequences)
+    assert found.generated_tokens == run.generated_tokens

@@ -1,0 +1,40 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_plan import make_plan_of
+
+from penstock.errors import ProfileError
+from penstock.offload.cost import COMPUTING, HOST_TO_DEVICE, NVME_TO_HOST, Machine, PassCost, pass_cost
+
+MACHINE = Machine(host_to_device=50e9, nvme_to_host=2e9, flops=100e12, device_memory=1e12)
+
+
+def test_each_resource_by_itself():
+    plan = make_plan_of(host_nbytes=40 * 10**9, nvme_nbytes=10 * 10**9)
+    cost = pass_cost(plan, MACHINE, flops=200e12, weight_nbytes=1e12)
+    assert cost.busy == {COMPUTING: 2.0, HOST_TO_DEVICE: 1.0, NVME_TO_HOST: 5.0}
+    assert (cost.bottleneck, cost.seconds) == (NVME_TO_HOST, 5.0)
+
+
+def test_computing_reads_or_multiplies_whichever_takes_longer():
+    plan = make_plan_of()
+    assert pass_cost(plan, MACHINE, flops=100e12, weight_nbytes=3e12).seconds == 3.0
+    assert pass_cost(plan, MACHINE, flops=400e12, weight_nbytes=3e12).seconds == 4.0
+
+
+@pytest.mark.parametrize("missing", ["host_to_device", "nvme_to_host", "flops", "device_memory"])
+def test_a_rate_that_is_needed_and_not_known_is_named(missing):
+    machine = Machine(**{name: None if name == missing else 1e9 for name in Machine.__dataclass_fields__})
+    with pytest.raises(ProfileError, match=r"is not known.*penstock profile"):
+        pass_cost(make_plan_of(host_nbytes=1, nvme_nbytes=1), machine, flops=1, weight_nbytes=1)
+
+
+def test_rates_that_are_not_needed_may_be_unknown():
+    machine = Machine(host_to_device=None, nvme_to_host=None, flops=1e12, device_memory=1e12)
+    assert pass_cost(make_plan_of(), machine, flops=1e12, weight_nbytes=0).bottleneck == COMPUTING
+
+
+@given(st.floats(0, 1), st.floats(0, 10), st.floats(0, 10))
+def test_between_two_costs(share, first, second):
+    between = PassCost({COMPUTING: first}).towards(PassCost({COMPUTING: second}), share).seconds
+    assert min(first, second) - 1e-9 <= between <= max(first, second) + 1e-9
