@@ -33,6 +33,9 @@ NUM_TOKENS = 32
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
 
+COMPILED_TOKENS = {"cpu": 64, "cuda": 2048}
+"""Micro-batches on which layers are compiled have at most so many tokens: enough to fill the device, and soon done."""
+
 
 def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -> ModelShape:
     """Run `NUM_TOKENS` tokens through zeros and return what the model costs.
@@ -67,10 +70,11 @@ def rehearse_compiled(
 ) -> ModelShape:
     """Compile the layers on a micro-batch of about `num_tokens` tokens; return `shape` with what compiled code needs.
 
-    Compilers tune kernels for the sizes that they see, so it should be the size of real micro-batches. What they make
+    Compilers tune kernels for the sizes that they see, so it should be like real micro-batches. What they make
     allocates unseen by `_Watch`, so a GPU's allocator is asked; a CPU's keeps no account, and fusing only saves memory.
     The workspace is never less than that of eager layers: a kind of layer may have to go back to them.
     """
+    num_tokens = min(num_tokens, COMPILED_TOKENS[model.device.type], model.context_length or num_tokens)
     num_tokens = max(3, (num_tokens - 1) | 1)  # odd: a size that no other dimension has stays a size of its own
     buffers = _bind_to_zeros(model)
     executor.weights = _Nothing(_Watch())

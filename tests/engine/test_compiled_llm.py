@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from penstock import LLM, MemoryTiers, SamplingParams
 
+pytestmark = pytest.mark.timeout(300)  # a C++ compiler runs
+
 PROMPTS = [list(range(3, 3 + n)) for n in (40, 1, 7, 23, 90)]
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend, mark_dynamic
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor import config
 from torch.utils._pytree import tree_leaves
 
 from penstock.engine.batch import CURRENT
@@ -171,7 +172,8 @@ class _Kind:
             raise _NotCompilableError(f"its layers need more than {MAX_GRAPHS} graphs")
         if len(graph.graph.nodes) > MAX_OPERATIONS:
             raise _NotCompilableError(f"a graph of {len(graph.graph.nodes)} operations")
-        made: Callable[..., Any] = lookup_backend(self.backend)(graph, inputs)  # type: ignore[arg-type]
+        with config.patch(emulate_precision_casts=True):  # round where eager code does, so that tokens are the same
+            made: Callable[..., Any] = lookup_backend(self.backend)(graph, inputs)  # type: ignore[arg-type]
         self.num_graphs += 1
         return made
 

@@ -32,16 +32,15 @@ EAGER = {
 }
 
 
-@pytest.fixture
-def backend(device: str) -> str:
-    """On the CPU graphs are traced and lowered, and run as they are: compiling all of them takes minutes."""
-    return "inductor" if device == "cuda" else "aot_eager"
+def backend(device: str, name: str = "") -> str:
+    """On the CPU graphs are traced and run as they are, latents' also lowered: compiling all of them takes minutes."""
+    return "inductor" if device == "cuda" else "aot_eager" if name == "deepseek_v3" else "eager"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_compiled_layers_give_the_logits_of_transformers(name: str, tmp_path: Path, device: str, backend: str) -> None:
+def test_compiled_layers_give_the_logits_of_transformers(name: str, tmp_path: Path, device: str) -> None:
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
-    stream = Stream.open(tmp_path, device=device, backend=backend)
+    stream = Stream.open(tmp_path, device=device, backend=backend(device, name))
     counters.clear()
     assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4
     assert stream.compiler.report().kinds == tuple((kind, None) for kind in KINDS[name])
@@ -49,9 +48,9 @@ def test_compiled_layers_give_the_logits_of_transformers(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", EAGER)
-def test_layers_with_code_of_ours_run_eagerly(name: str, tmp_path: Path, device: str, backend: str) -> None:
+def test_layers_with_code_of_ours_run_eagerly(name: str, tmp_path: Path, device: str) -> None:
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
-    stream = Stream.open(tmp_path, device=device, backend=backend)
+    stream = Stream.open(tmp_path, device=device, backend=backend(device))
     assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4
     report = stream.compiler.report().as_dict()
     assert report["eager"] == EAGER[name]
