@@ -56,7 +56,8 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
     with held_back():  # some libraries swallow an exit that comes while they are imported
         from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
-    settings = read_settings(options, options.model or engine.DEFAULT_MODEL)
+    model = options.model or engine.DEFAULT_MODEL
+    settings = read_settings(options, model)
     return engine.LLM(
         options.model,
         tiers=tiers,

@@ -19,7 +19,7 @@ from penstock.engine.batch import Span
 
 if TYPE_CHECKING:
     from penstock.engine.model.build import StreamedModel
-    from penstock.offload.layout import Layout
+    from penstock.offload.layout import Layout, View
 
 __all__ = ["ModelFlops", "count_flops", "pairs"]
 
@@ -31,13 +31,22 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 class ModelFlops:
     """FLOPs of one token through all layers, of one row of the head, and of one pair of tokens that attend.
 
-    `per_pair` holds, for each attention window (None: all tokens before), the sum over the layers that have it.
+    `per_pair` holds, for each attention window (None: all tokens before), the sum over the layers that have it. Of the
+    layers' weights, `expert_nbytes` are experts', of which each token chooses `expert_share`; every micro-batch reads
+    the other `shared_nbytes`.
     """
 
     parameters: int
     per_token: int
     per_row: int
     per_pair: Mapping[int | None, int]
+    shared_nbytes: int
+    expert_nbytes: int
+    expert_share: float
+
+    def weights_read(self, num_tokens: int) -> float:
+        """Return the bytes of weights that a micro-batch of so many tokens reads, if experts are chosen by chance."""
+        return self.shared_nbytes + self.expert_nbytes * (1 - (1 - self.expert_share) ** num_tokens)
 
     def of(self, spans: Iterable[Span], *, rows: int) -> int:
         """Return the FLOPs of a pass over `spans`, of which `rows` tokens go through the head."""
@@ -61,13 +70,16 @@ def count_flops(model: StreamedModel) -> ModelFlops | None:
     config = model.config.get_text_config()
     experts, chosen = _first(config, _EXPERTS), _first(config, _CHOSEN)
     per_token = Fraction(0)
+    expert_nbytes = 0
     for layout in model.layer_layouts:
-        for name, shape in _matrices(layout):
+        for view in _matrices(layout):
+            name, shape = view.name, view.shape
             share = Fraction(1)
             if "experts." in name and "shared_expert" not in name:
                 if not experts or not chosen or shape[0] != experts:
                     return None
                 share = Fraction(chosen, experts)
+                expert_nbytes += view.nbytes
             per_token += 2 * math.prod(shape) * share
     return ModelFlops(
         parameters=sum(
@@ -76,13 +88,16 @@ def count_flops(model: StreamedModel) -> ModelFlops | None:
         per_token=int(per_token),
         per_row=2 * model.vocab_size * config.hidden_size,
         per_pair=_per_pair(config, len(model.layers)),
+        shared_nbytes=sum(view.nbytes for layout in model.layer_layouts for view in layout.parameters) - expert_nbytes,
+        expert_nbytes=expert_nbytes,
+        expert_share=chosen / experts if expert_nbytes and experts and chosen else 0.0,
     )
 
 
-def _matrices(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _matrices(layout: Layout) -> Iterator[View]:
     for view in layout.parameters:
         if len(view.shape) > 1 and not view.name.endswith("bias"):
-            yield view.name, view.shape
+            yield view
 
 
 def _per_pair(config: Any, num_layers: int) -> dict[int | None, int]:

@@ -36,7 +36,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will take. `busy_seconds` is each resource's, `waits_for` the share of the time that it sets the pace."""
+    """What a run will take. `busy_seconds` is each resource's, `waits_for` the share of time that it sets the pace."""
 
     seconds: float
     passes: int
@@ -96,14 +96,20 @@ class _Blocks:
         self._left = limit_nbytes - self._blocks * cost.block_nbytes
         self._held: dict[Hashable, int] = {}
 
+    def prepare(self, lengths: Items[int]) -> None:
+        pass
+
     def fits(self, num_tokens: int) -> bool:
         besides = (len(self._held) + 1) * self._cost.sequence_nbytes
         return besides <= self._left and self._cost.blocks_of(num_tokens) <= self._blocks
 
     def check(self, num_tokens: int, what: str) -> None:
         if self._cost.of(num_tokens) > self._limit:
-            wanted, got = f"{self._cost.of(num_tokens)} bytes", f"{self._limit} bytes in all"
-            raise BudgetError(f"no room for the keys and values of {what} ({num_tokens} tokens)", wanted=wanted, got=got)
+            raise BudgetError(
+                f"no room for the keys and values of {what} ({num_tokens} tokens)",
+                wanted=f"{self._cost.of(num_tokens)} bytes",
+                got=f"{self._limit} bytes in all",
+            )
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         self._held[sequence] = blocks = self._cost.blocks_of(num_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -16,12 +16,15 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from penstock.engine.executor import Executor
+from penstock.engine.flops import count_flops
+from penstock.engine.forecast import Forecast, Length
 from penstock.engine.generation import Generation
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.compile import LayerCompiler, why_not_compile
 from penstock.engine.model.tail import LOGIT_NBYTES
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
 from penstock.engine.outputs import RequestOutput, ScoreOutput
+from penstock.engine.planner import choose_plan
 from penstock.engine.prepare import Preparer
 from penstock.engine.rehearsal import rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
@@ -39,12 +42,14 @@ from penstock.errors import (
     DeviceError,
     MissingFileError,
     PenstockError,
+    ProfileError,
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
+from penstock.offload.cost import Machine
 from penstock.offload.kv import KVStore
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
@@ -73,8 +78,9 @@ class LLM:
     "auto" (the checkpoint's) or a torch dtype's name. `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
     the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
-    weights. What moves and computes when goes into a `trace` that is given. A context manager; `close` gives all memory
-    back.
+    weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
+    lengths that it `expects`, as far as the rates of a `machine` tell; without them, the usual one. A context manager;
+    `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere but what torch's compilers cache of their own.
@@ -95,6 +101,8 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
         trace: Trace | None = None,
+        machine: Machine | None = None,
+        expects: Items[Length] = (),
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
@@ -123,7 +131,9 @@ class LLM:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-        self.plan: Plan = make_plan(self._shape, known, limits)
+        given = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
+        fixed = {name for name, value in given.items() if value is not None}
+        self.plan, self.forecast = self._plan(known, limits, fixed, machine, expects)
         for what, asked, fits in (
             ("micro-batches", micro_batch_tokens, self.plan.micro_batch_tokens),
             ("passes", pass_tokens, self.plan.pass_tokens),
@@ -176,6 +186,35 @@ class LLM:
             self._compiler.leave_eager("compiled code needs more workspace than the budget leaves")
             return shape
         return compiled
+
+    def _plan(
+        self,
+        known: MemoryTiers,
+        limits: PassLimits,
+        fixed: Collection[str],
+        machine: Machine | None,
+        expects: Items[Length],
+    ) -> tuple[Plan, Forecast | None]:
+        """Choose the plan that is best for what is expected on this machine, or else the usual one."""
+        flops = count_flops(self._model) if machine and expects else None
+        if flops is not None and machine is not None:
+            try:
+                choice = choose_plan(
+                    self._shape,
+                    known,
+                    limits,
+                    machine=machine,
+                    model=flops,
+                    lengths=expects,
+                    fixed=fixed,
+                    splits_prompts=self._model.splits_prompts,
+                )
+            except (BudgetError, ProfileError) as error:  # a request that does not fit is refused when its turn comes
+                logger.info("planned without a forecast: %s", error)
+            else:
+                logger.info("the best of %d plans: %s", choice.num_compared, choice.forecast.explain())
+                return choice.plan, choice.forecast
+        return make_plan(self._shape, known, limits), None
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -373,6 +412,7 @@ class LLM:
             reader=self._weights.reader_choice.as_dict()
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
             compilation=self._compiler.report(),
+            forecast=self.forecast,
         )
 
     def settle(self) -> None:

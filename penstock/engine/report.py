@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from penstock.engine.forecast import Forecast
 from penstock.engine.model.compile import Compilation
 from penstock.engine.scheduler import Schedule
 from penstock.engine.startup import StartUp
@@ -101,6 +102,7 @@ class RunReport:
     dtype: str
     reader: dict[str, Any]
     compilation: Compilation
+    forecast: Forecast | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -139,6 +141,7 @@ class RunReport:
             },
             "reader": self.reader,
             "layer_code": self.compilation.as_dict(),
+            "forecast": self.forecast.as_dict() if self.forecast else None,
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
             "memory": {
@@ -166,4 +169,6 @@ class RunReport:
             f"layer code     {self.compilation.explain()}",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
+        if self.forecast:
+            lines.append(f"plan           {self.forecast.explain()}")
         return "\n".join(lines)
