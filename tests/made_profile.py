@@ -32,7 +32,7 @@ def make_disk(rate=6e9, device="259:1", noise=0.01):
 
 def make_profile(*disks, **links):
     host = HostFacts("6.18", "3.11", 16, 1, 1 << 37, 1 << 36, None, 8 << 20, 0, 65536, 0, "madvise", 0)
-    links = replace(UNKNOWN_LINKS, matmul={"bfloat16": 7.9e14}, complete=True, **links)
+    links = replace(UNKNOWN_LINKS, **({"matmul": {"bfloat16": 7.9e14}, "complete": True} | links))
     return HardwareProfile(
         SCHEMA, "0.1.0", "2026-01-02T03:04:05+00:00", 71.2, True, host, disks or (make_disk(),), links, ()
     )

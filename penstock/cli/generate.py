@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.cli.options import add_memory, open_llm, tiers_of
 from penstock.cli.output import ProgressLine, ResultFile, check_output, completion_record, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
+from penstock.engine.forecast import expected_length
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
 from penstock.offload.tiers import MemoryTiers
@@ -133,7 +134,8 @@ def _generate(
 ) -> int:
     progress = ProgressLine()
     trace = Trace() if options.trace else None
-    with open_llm(options, tiers, progress, trace=trace) as llm:
+    expects = [expected_length(line.prompt or line.messages, one) for line, one in zip(lines, params, strict=True)]
+    with open_llm(options, tiers, progress, trace=trace, expects=expects) as llm:
         prompts = [_prompt(llm, line) for line in lines]
         outputs = []
         for output in llm.stream(prompts, params, on_pass=lambda state: progress.show(_describe(state))):

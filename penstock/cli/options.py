@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
-from penstock.cli.settings import add_read_options, read_settings
+from penstock.cli.settings import add_read_options, read_settings, stored_profile
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import MemoryTiers, format_size
 
@@ -66,6 +66,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
         compile=options.compile,
+        hardware=stored_profile() if more.get("expects") else None,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         **more,
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.errors import ProfileError
 from penstock.io.settings import ReadSettings
 from penstock.offload.tiers import parse_size
 
-__all__ = ["add_read_options", "read_settings"]
+__all__ = ["add_read_options", "read_settings", "stored_profile"]
+
+if TYPE_CHECKING:
+    from penstock.offload.hardware import HardwareProfile
 
 logger = logging.getLogger("penstock.cli")
 
@@ -31,7 +34,7 @@ def add_read_options(group: Any) -> None:
 
 def read_settings(options: argparse.Namespace, model: str | os.PathLike[str]) -> ReadSettings:
     """Return the settings for a model's disk. Raises ConfigError and SizeError."""
-    found = _profiled(model) or ReadSettings()
+    found = _recommended(model) or ReadSettings()
     return ReadSettings(
         backend=options.io_backend or found.backend,
         block_nbytes=parse_size(options.io_block) if options.io_block else found.block_nbytes,
@@ -39,19 +42,26 @@ def read_settings(options: argparse.Namespace, model: str | os.PathLike[str]) ->
     )
 
 
-def _profiled(model: str | os.PathLike[str]) -> ReadSettings | None:
-    """Return what the stored profile recommends for this disk, or None; a profile of no use is said and left alone."""
+def stored_profile() -> HardwareProfile | None:
+    """Return what `penstock profile` has kept, or None; a profile of no use is said and left alone."""
     from penstock.offload.hardware import HardwareProfile, profile_path  # noqa: PLC0415 - numpy
 
     path = profile_path(os.environ.get("XDG_CACHE_HOME"))
     if not path.exists():
         return None
     try:
-        profile = HardwareProfile.load(path)
-        found = profile.settings_for(model)
-    except (ProfileError, OSError) as error:
+        return HardwareProfile.load(path)
+    except ProfileError as error:
         logger.warning("the profile of this machine is not used: %s", error)
         return None
-    if found is not None:
-        logger.info("the disk is read as %s of %s recommends: %s", path, profile.started, found)
+
+
+def _recommended(model: str | os.PathLike[str]) -> ReadSettings | None:
+    profile = stored_profile()
+    try:
+        found = profile.settings_for(model) if profile else None
+    except OSError:
+        return None  # opening the model will say what is wrong
+    if found is not None and profile is not None:
+        logger.info("the disk is read as the profile of %s recommends: %s", profile.started, found)
     return found

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.flops import ModelFlops, count_flops
+from penstock.engine.forecast import Forecast, Length
 from penstock.engine.llm import LLM
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampling_params import SamplingParams
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, ProfileError
+from penstock.offload.cost import Machine
 from penstock.offload.peaks import Peaks, measure_peaks
 
 __all__ = ["BenchReport", "Phase", "Workload", "forget_peak_memory", "measure_peaks", "run_bench"]
@@ -132,7 +134,8 @@ def _share(rate: float | None, peak: float | None) -> float | None:
 class BenchReport:
     """What a bench measured. `steady` is decode without its first pass, which finds layers that prefill has fetched.
 
-    `decode` is None when each prompt got one token, `steady` too when decode was a single pass.
+    `decode` is None when each prompt got one token, `steady` too when decode was a single pass. `forecast` is what the
+    peaks would have had the run take.
     """
 
     workload: Workload
@@ -142,6 +145,7 @@ class BenchReport:
     run: RunReport
     peaks: Peaks
     flops: ModelFlops | None
+    forecast: Forecast | None
     settings: dict[str, Any]
 
     @property
@@ -168,6 +172,7 @@ class BenchReport:
             "decode": phase(self.decode),
             "decode_steady": phase(self.steady),
             "peaks": self.peaks.as_dict(),
+            "forecast": self.forecast.as_dict() if self.forecast else None,
             "parameters": self.flops.parameters if self.flops else None,
             "flops_per_token": self.flops.per_token if self.flops else None,
             **{name: run[name] for name in kept},
@@ -185,6 +190,9 @@ class BenchReport:
         for name, phase in (("prefill", self.prefill), ("decode", self.decode), ("steady", self.steady)):
             if phase is not None:
                 lines += _explain(name, phase.as_dict(self.peaks, self.run.dtype))
+        if self.forecast:
+            share = self.tokens_per_second / self.forecast.tokens_per_second
+            lines.append(f"{self.forecast.explain()}; {share:.1%} of that was reached")
         return "\n".join(lines)
 
 
@@ -240,7 +248,19 @@ def run_bench(
         llm.settle()
         peaks.disk.measure()
     prefill, decode, steady = _phases(marks, has_flops=flops is not None)
-    return BenchReport(workload, prefill, decode, steady, llm.last_run, peaks, flops, settings)
+    foreseen = _foresee(llm, workload, peaks)
+    return BenchReport(workload, prefill, decode, steady, llm.last_run, peaks, flops, foreseen, settings)
+
+
+def _foresee(llm: LLM, workload: Workload, peaks: Peaks) -> Forecast | None:
+    """Return what the peaks would have had the run take; None where one of them is not known."""
+    assert llm.last_run is not None
+    flops = peaks.matmul.get(llm.last_run.dtype)
+    machine = Machine(peaks.host_to_device, peaks.disk.bytes_per_second, flops, peaks.device_memory)
+    try:
+        return llm.foresee(machine, [Length(workload.prompt_len, workload.gen_len)] * workload.batch_size)
+    except ProfileError:
+        return None
 
 
 def _mark(last: _Mark | None, state: Progress, flops: ModelFlops | None) -> _Mark:

@@ -18,7 +18,7 @@ from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
 
-__all__ = ["Forecast", "Length", "forecast"]
+__all__ = ["Forecast", "Length", "expected_length", "forecast"]
 
 Batches = Items[Items[Span]]
 
@@ -32,6 +32,14 @@ class Length:
 
     prompt: int
     generated: int
+
+
+def expected_length(prompt: Any, params: SamplingParams) -> Length:
+    """Guess a request's length before there is a tokenizer: tokens as they are, 4 characters of text for one."""
+    num_tokens = len(prompt) if isinstance(prompt, Items) and not isinstance(prompt, str) else 0
+    if isinstance(prompt, str) or (num_tokens and not isinstance(prompt[0], int)):
+        num_tokens = -(-len(str(prompt)) // 4)
+    return Length(max(num_tokens, 1), params.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 
 from penstock.engine.executor import Executor
 from penstock.engine.flops import count_flops
-from penstock.engine.forecast import Forecast, Length
+from penstock.engine.forecast import Forecast, Length, forecast
 from penstock.engine.generation import Generation
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.compile import LayerCompiler, why_not_compile
@@ -50,6 +50,7 @@ from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.cost import Machine
+from penstock.offload.hardware import HardwareProfile
 from penstock.offload.kv import KVStore
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
@@ -79,7 +80,7 @@ class LLM:
     the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
-    lengths that it `expects`, as far as the rates of a `machine` tell; without them, the usual one. A context manager;
+    lengths that it `expects` on this `hardware`; without either, the usual one. A context manager;
     `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
@@ -101,7 +102,7 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
         trace: Trace | None = None,
-        machine: Machine | None = None,
+        hardware: HardwareProfile | None = None,
         expects: Items[Length] = (),
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
@@ -133,7 +134,7 @@ class LLM:
             torch.cuda.reset_peak_memory_stats(self._device)
         given = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
         fixed = {name for name, value in given.items() if value is not None}
-        self.plan, self.forecast = self._plan(known, limits, fixed, machine, expects)
+        self.plan, self._forecast = self._plan(known, limits, fixed, hardware, expects)
         for what, asked, fits in (
             ("micro-batches", micro_batch_tokens, self.plan.micro_batch_tokens),
             ("passes", pass_tokens, self.plan.pass_tokens),
@@ -142,7 +143,7 @@ class LLM:
                 logger.warning("%s of %d tokens do not fit the budget, %d do", what, asked, fits)
         self._kv = KVStore(
             limit_nbytes=self.plan.kv_nbytes,
-            cost=KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS),
+            cost=self._kv_cost,
             device=self._device,
         )
         with ExitStack() as cleanup:
@@ -192,12 +193,14 @@ class LLM:
         known: MemoryTiers,
         limits: PassLimits,
         fixed: Collection[str],
-        machine: Machine | None,
+        hardware: HardwareProfile | None,
         expects: Items[Length],
     ) -> tuple[Plan, Forecast | None]:
         """Choose the plan that is best for what is expected on this machine, or else the usual one."""
-        flops = count_flops(self._model) if machine and expects else None
-        if flops is not None and machine is not None:
+        flops = count_flops(self._model) if hardware and expects else None
+        if flops is not None and hardware is not None:
+            dtype = str(self._model.dtype).removeprefix("torch.")
+            machine = Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
             try:
                 choice = choose_plan(
                     self._shape,
@@ -215,6 +218,22 @@ class LLM:
                 logger.info("the best of %d plans: %s", choice.num_compared, choice.forecast.explain())
                 return choice.plan, choice.forecast
         return make_plan(self._shape, known, limits), None
+
+    def foresee(self, machine: Machine, lengths: Iterable[Length]) -> Forecast | None:
+        """Return what a run over requests of these lengths will take under the plan; None for a model without a count.
+
+        Raises ProfileError for a rate that is not known, BudgetError for a request that can never run.
+        """
+        flops = count_flops(self._model)
+        if flops is None:
+            return None
+        return forecast(
+            self.plan, machine, flops, lengths, cost=self._kv_cost, splits_prompts=self._model.splits_prompts
+        )
+
+    @property
+    def _kv_cost(self) -> KVCost:
+        return KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS)
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -412,7 +431,7 @@ class LLM:
             reader=self._weights.reader_choice.as_dict()
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
             compilation=self._compiler.report(),
-            forecast=self.forecast,
+            forecast=self._forecast,
         )
 
     def settle(self) -> None:

@@ -87,11 +87,12 @@ class Peaks:
     """Bytes per second of the links and FLOP per second of matrix products, by dtype; None or absent when unknown.
 
     `host_to_device` is pinned copies on CUDA; on the CPU, where the device is host memory too, plain copies, each byte
-    counted once.
+    counted once. `device_memory` is how fast the device reads and writes its own.
     """
 
     device: str
     host_to_device: float | None
+    device_memory: float | None
     disk: DiskPeak
     matmul: dict[str, float] = field(default_factory=dict)
 
@@ -100,6 +101,7 @@ class Peaks:
         return {
             "device": self.device,
             "host_to_device": self.host_to_device,
+            "device_memory": self.device_memory,
             "nvme_to_host": self.disk.bytes_per_second,
             "nvme_to_host_windows": self.disk.rates,
             "matmul": self.matmul,
@@ -121,4 +123,7 @@ def measure_peaks(
     on_step("disk")
     disk = DiskPeak(file, settings=settings, pin=on_cuda)
     disk.measure(_WINDOW_SECONDS)
-    return Peaks(links.device, links.host_to_device if on_cuda else links.host_copy, disk, links.matmul)
+    to_device, own = links.host_to_device, links.device_memory
+    if not on_cuda:
+        to_device, own = links.host_copy, links.host_read
+    return Peaks(links.device, to_device, own, disk, links.matmul)

@@ -41,7 +41,7 @@ def test_a_shape_on_any_device(capsys, tmp_path, device):
 def unknown_peaks(monkeypatch):
     from penstock.engine import bench
 
-    monkeypatch.setattr(bench, "measure_peaks", lambda file, **_: Peaks("a device", None, DiskPeak(file), {}))
+    monkeypatch.setattr(bench, "measure_peaks", lambda file, **_: Peaks("a device", None, None, DiskPeak(file), {}))
 
 
 def test_a_model_with_its_own_weights(capsys, unknown_peaks, tiny_llama, device):

@@ -24,7 +24,7 @@ def checkpoint(tiny_llama, tmp_path):
 
 
 def bench(path, checkpoint, device, tiers, workload, **settings):
-    peaks = Peaks("a device", 1e9, DiskPeak(checkpoint.files[0]), {"float32": 1e9})
+    peaks = Peaks("a device", 1e9, 1e10, DiskPeak(checkpoint.files[0]), {"float32": 1e9})
     with LLM(path, tiers=tiers, device=device, checkpoint=checkpoint, device_layers=0, **settings) as llm:
         return run_bench(llm, workload, peaks, settings={})
 
@@ -42,6 +42,8 @@ def test_every_pass_moves_the_whole_model(tiny_llama, checkpoint, device, tiers)
     assert (report.prefill.tokens, report.prefill.generated) == (30, 3)
     assert (report.decode.tokens, report.decode.generated) == (12, 12)
     flops = report.flops
+    if report.run.plan.nvme_nbytes == 0:
+        assert (report.forecast.passes, report.forecast.generated_tokens) == (5, 15)
     pairs = sum(flops.per_pair.values())
     assert report.prefill.flops == 30 * flops.per_token + 3 * flops.per_row + pairs * 3 * 55
     assert report.steady.flops == 9 * flops.per_token + 9 * flops.per_row + pairs * 3 * (12 + 13 + 14)
@@ -50,6 +52,7 @@ def test_every_pass_moves_the_whole_model(tiny_llama, checkpoint, device, tiers)
 def test_rates_and_shares_are_ratios_of_what_is_reported(tiny_llama, checkpoint, device):
     report = bench(tiny_llama, checkpoint, device, BUDGETS["mixed"], Workload(10, 5, 3))
     record = json.loads(json.dumps(report.as_dict()))
+    assert record["forecast"] is None, "the disk was not measured"
     assert record["tokens_per_second"] == pytest.approx(
         15 / (record["prefill"]["seconds"] + record["decode"]["seconds"])
     )

@@ -1,0 +1,58 @@
+"""A model that knows its machine and what to expect is placed by forecast."""
+
+import json
+import os
+
+import pytest
+from made_profile import make_disk, make_profile
+
+from penstock.cli.main import main
+from penstock.engine.forecast import Length
+from penstock.engine.llm import LLM
+from penstock.offload.hardware import profile_path
+from penstock.offload.tiers import MemoryTiers, Tier
+
+TIERS = MemoryTiers(device="900KiB", host="1MiB")
+
+
+@pytest.fixture
+def hardware(tiny_llama):
+    number = os.stat(tiny_llama).st_dev
+    disk = make_disk(device=f"{os.major(number)}:{os.minor(number)}")
+    return make_profile(disk, host_copy=1e9, host_read=1e10, matmul={"float32": 1e11})
+
+
+def on_device(llm):
+    return len(llm.plan.layers_in(Tier.DEVICE))
+
+
+def test_few_requests_get_layers_and_many_get_room(tiny_llama, hardware):
+    counts = []
+    for expects in ([Length(8, 8)], [Length(8, 8)] * 500):
+        with LLM(tiny_llama, device="cpu", tiers=TIERS, hardware=hardware, expects=expects) as llm:
+            counts.append(on_device(llm))
+            llm.generate([[5, 6, 7]])
+            assert llm.last_run.forecast.generated_tokens == 8 * len(expects)
+            assert "forecast" in llm.last_run.explain()
+    assert counts[0] > counts[1]
+
+
+@pytest.mark.parametrize("expects", [[], [Length(100_000, 1)]], ids=["nothing", "what never fits"])
+def test_without_a_forecast_the_plan_is_the_usual_one(tiny_llama, hardware, expects):
+    with LLM(tiny_llama, device="cpu", tiers=TIERS) as llm:
+        usual = llm.plan
+    with LLM(tiny_llama, device="cpu", tiers=TIERS, hardware=hardware, expects=expects) as llm:
+        assert llm.plan == usual
+        llm.generate([[5, 6, 7]])
+        assert llm.last_run.as_dict()["forecast"] is None
+
+
+def test_the_command_uses_the_stored_profile(capsys, tmp_path, monkeypatch, tiny_llama, hardware):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    hardware.store(profile_path(str(tmp_path)))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt_token_ids": [5, 6, 7], "max_tokens": 3}) + "\n")
+    arguments = ["--prompts", str(prompts), "--device-memory", "1300KiB", "--ignore-eos", "--json"]
+    assert main(["generate", str(tiny_llama), "--device", "cpu", *arguments]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["forecast"]["generated_tokens"] == summary["generated_tokens"] == 3
