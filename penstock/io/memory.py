@@ -70,10 +70,8 @@ class HostMemory:
         _check_budget(nbytes, resident)
         self._resident = resident
         self._mapping = _map(resident + HUGE_PAGE)
-        with memoryview(self._mapping) as whole:
-            start = -address_of(whole) % HUGE_PAGE
-            self._address = address_of(whole) + start
-            self._view: memoryview | None = whole[start : start + nbytes]
+        self._view: memoryview | None = _aligned(self._mapping, nbytes)
+        self._address = address_of(self._view) if nbytes else 0
         began = time.perf_counter()
         _populate(self._address, resident)
         populated = time.perf_counter()
@@ -164,6 +162,14 @@ def _map(nbytes: int) -> mmap.mmap:
     except OSError as error:
         logger.warning("no huge pages for host memory (%s): reads from disk will be slower", error.strerror)
     return mapping
+
+
+def _aligned(mapping: mmap.mmap, nbytes: int) -> memoryview:
+    """Return so many bytes of a mapping, from its first multiple of 2 MiB on."""
+    # Not released by hand: a signal's exception may hold parts of it, and the refusal to release would take its place.
+    whole = memoryview(mapping)
+    start = -address_of(whole) % HUGE_PAGE
+    return whole[start : start + nbytes]
 
 
 def _populate(address: int, nbytes: int) -> None:
