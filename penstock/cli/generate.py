@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from penstock.cli.options import add_memory, open_llm, tiers_of
 from penstock.cli.output import ProgressLine, ResultFile, check_output, completion_record, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
-from penstock.engine.forecast import expected_length
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, PromptFileError, RequestError, VerificationError
 from penstock.offload.tiers import MemoryTiers
@@ -134,6 +133,8 @@ def _generate(
 ) -> int:
     progress = ProgressLine()
     trace = Trace() if options.trace else None
+    from penstock.engine.forecast import expected_length  # noqa: PLC0415 - numpy; --help must not
+
     expects = [expected_length(line.prompt or line.messages, one) for line, one in zip(lines, params, strict=True)]
     with open_llm(options, tiers, progress, trace=trace, expects=expects) as llm:
         prompts = [_prompt(llm, line) for line in lines]
