@@ -6,10 +6,14 @@ import warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("penstock", deadline=None)  # how long an example takes says nothing of its result
+hypothesis.settings.load_profile("penstock")
 
 
 def pytest_addoption(parser):

@@ -67,7 +67,7 @@ def test_a_terminated_bench_leaves_nothing(tmp_path):
         assert list(temporary.glob("penstock-*"))
         running.terminate()
         said += running.stderr.read()
-        assert running.wait(30) == 128 + 15, said
+        assert running.wait(90) == 128 + 15, said
     assert list(temporary.glob("penstock-*")) == []
     assert os.listdir(scratch) == []
 

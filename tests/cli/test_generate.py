@@ -84,7 +84,7 @@ def test_a_terminated_run_leaves_no_file(tmp_path):
             assert running.poll() is None
     finally:
         running.terminate()
-    assert running.wait(30) == 128 + 15
+    assert running.wait(90) == 128 + 15
     assert list(tmp_path.iterdir()) == []
 
 

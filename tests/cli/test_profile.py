@@ -289,7 +289,7 @@ def kill_at_a_random_moment(base, number, number_of_signal, delay):
     time.sleep(delay)
     process.send_signal(number_of_signal)
     try:
-        status = process.wait(timeout=30)
+        status = process.wait(timeout=90)
     finally:
         process.kill()
     return [*os.listdir(disk), *(str(path) for path in cache.rglob("*") if path.is_file())], status
