@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.cli.options import add_memory, tiers_of
 from penstock.cli.output import ProgressLine, check_output
-from penstock.cli.settings import read_settings
+from penstock.cli.settings import read_settings, stored_profile
 from penstock.errors import ConfigError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size
@@ -117,7 +117,9 @@ def _measure(
     from penstock.engine import llm as engine  # noqa: PLC0415
 
     tiers = tiers_of(options)
-    settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model)
+    settings = read_settings(
+        options, options.scratch if options.shape or options.dummy else options.model, stored_profile()
+    )
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
         max(checkpoint.files, key=lambda file: file.nbytes),

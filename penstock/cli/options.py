@@ -57,7 +57,8 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
     model = options.model or engine.DEFAULT_MODEL
-    settings = read_settings(options, model)
+    profile = stored_profile()
+    settings = read_settings(options, model, profile)
     return engine.LLM(
         options.model,
         tiers=tiers,
@@ -66,7 +67,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
         compile=options.compile,
-        hardware=stored_profile() if more.get("expects") else None,
+        hardware=profile,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         **more,
     )

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
-from penstock.cli.settings import add_read_options, read_settings
+from penstock.cli.settings import add_read_options, read_settings, stored_profile
 from penstock.offload.codec import GROUP_SIZES, PackOptions
 from penstock.offload.tiers import format_size
 
@@ -87,7 +87,7 @@ def run_pack(options: argparse.Namespace) -> int:
         options.model,
         options.out,
         choice,
-        settings=read_settings(options, options.model),
+        settings=read_settings(options, options.model, stored_profile()),
         on_progress=lambda done, total: progress.show(f"packed {format_size(done)} of {format_size(total)}"),
     )
     progress.clear()

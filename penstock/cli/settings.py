@@ -32,9 +32,11 @@ def add_read_options(group: Any) -> None:
     group.add_argument("--io-in-flight", metavar="SIZE", help="bytes under way at any time (default: likewise)")
 
 
-def read_settings(options: argparse.Namespace, model: str | os.PathLike[str]) -> ReadSettings:
+def read_settings(
+    options: argparse.Namespace, model: str | os.PathLike[str], profile: HardwareProfile | None
+) -> ReadSettings:
     """Return the settings for a model's disk. Raises ConfigError and SizeError."""
-    found = _recommended(model) or ReadSettings()
+    found = _recommended(model, profile) or ReadSettings()
     return ReadSettings(
         backend=options.io_backend or found.backend,
         block_nbytes=parse_size(options.io_block) if options.io_block else found.block_nbytes,
@@ -56,8 +58,7 @@ def stored_profile() -> HardwareProfile | None:
         return None
 
 
-def _recommended(model: str | os.PathLike[str]) -> ReadSettings | None:
-    profile = stored_profile()
+def _recommended(model: str | os.PathLike[str], profile: HardwareProfile | None) -> ReadSettings | None:
     try:
         found = profile.settings_for(model) if profile else None
     except OSError:
