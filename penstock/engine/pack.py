@@ -172,10 +172,10 @@ class _Packer:
 
     def _counted(self, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
         for piece in pieces:
-            yield piece
             self._read += piece.nbytes
             if self._on_progress:
                 self._on_progress(self._read, self._total)
+            yield piece  # nobody comes back after the last one of a shard
 
 
 @contextmanager
