@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 import mmap
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from penstock.io.files import DTYPE_BITS
 from penstock.io.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.io.scratch import Sink, check_directory, nameless_file
+from penstock.io.shard import StoredTensor, header_room, shard_header
 
 __all__ = ["DummyTensor", "dummy_file"]
 
@@ -71,14 +71,13 @@ def dummy_file(
 
 
 def _header(tensors: Sequence[DummyTensor]) -> bytes:
-    entries: dict[str, object] = {}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    start = header_room((tensor.name, len(tensor.shape)) for tensor in tensors)
+    starts = itertools.accumulate((tensor.nbytes for tensor in tensors), initial=start)
+    stored = (
+        StoredTensor(tensor.name, tensor.dtype, tensor.shape, offset, tensor.nbytes)
+        for tensor, offset in zip(tensors, starts, strict=False)
+    )
+    return shard_header(stored, start)
 
 
 class _Numbers:
