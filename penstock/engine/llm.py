@@ -84,7 +84,7 @@ class LLM:
     `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
-    fit, saying what would be enough. Nothing is written anywhere but what torch's compilers cache of their own.
+    fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
     """
 
     def __init__(

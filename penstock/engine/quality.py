@@ -26,7 +26,7 @@ from penstock.offload.manifest import MANIFEST, open_stored
 __all__ = ["LayerError", "Perplexity", "layer_errors", "perplexity"]
 
 WINDOW = 1024
-"""Tokens that are predicted from an empty context together, where the model's context is not shorter."""
+"""Tokens that are predicted from an empty context together; models of shorter contexts go beyond them."""
 
 
 @dataclass(frozen=True, slots=True)
