@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.cli.options import add_memory, tiers_of
 from penstock.cli.output import ProgressLine, check_output
-from penstock.cli.settings import read_settings, stored_profile
+from penstock.cli.settings import kernel_directory, read_settings, stored_profile
 from penstock.errors import ConfigError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size
@@ -142,6 +142,7 @@ def _measure(
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         checkpoint=checkpoint,
         trace=trace,
+        kernel_directory=kernel_directory(),
     ) as llm:
 
         def show(state: Progress) -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
-from penstock.cli.settings import add_read_options, read_settings, stored_profile
+from penstock.cli.settings import add_read_options, kernel_directory, read_settings, stored_profile
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import MemoryTiers, format_size
 
@@ -28,6 +28,12 @@ def add_memory(parser: Any) -> Any:
         help="budget of host RAM for layers (default: most of it); of dummy weights, whose aliases share their bytes, "
         "more than there is",
     )
+    memory.add_argument(
+        "--kv-host-memory",
+        metavar="SIZE",
+        help="the part of the host budget for keys and values of further sequences, whose attention is computed there "
+        "(default: none)",
+    )
     memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
     memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     memory.add_argument(
@@ -48,7 +54,9 @@ def add_memory(parser: Any) -> Any:
 
 def tiers_of(options: argparse.Namespace) -> MemoryTiers:
     """Return the budgets. Raises SizeError."""
-    return MemoryTiers(device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    return MemoryTiers(
+        device=options.device_memory, host=options.host_memory, nvme=options.nvme, kv_host=options.kv_host_memory
+    )
 
 
 def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: ProgressLine, **more: Any) -> LLM:
@@ -68,6 +76,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         io=settings,
         compile=options.compile,
         hardware=profile,
+        kernel_directory=kernel_directory(),
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         **more,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import ProfileError
 from penstock.io.settings import ReadSettings
 from penstock.offload.tiers import parse_size
 
-__all__ = ["add_read_options", "read_settings", "stored_profile"]
+__all__ = ["add_read_options", "kernel_directory", "read_settings", "stored_profile"]
 
 if TYPE_CHECKING:
     from penstock.offload.hardware import HardwareProfile
@@ -56,6 +57,13 @@ def stored_profile() -> HardwareProfile | None:
     except ProfileError as error:
         logger.warning("the profile of this machine is not used: %s", error)
         return None
+
+
+def kernel_directory() -> Path:
+    """Return where code is kept that was compiled for this machine."""
+    from penstock.offload.hardware import profile_path  # noqa: PLC0415 - numpy
+
+    return profile_path(os.environ.get("XDG_CACHE_HOME")).parent / "kernels"
 
 
 def _recommended(model: str | os.PathLike[str], profile: HardwareProfile | None) -> ReadSettings | None:

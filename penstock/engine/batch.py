@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from penstock.offload.host_kv import HostKV
     from penstock.offload.kv import KVStore, Places
 
 __all__ = ["CURRENT", "MicroBatch", "Span"]
@@ -32,17 +33,23 @@ class Span:
 class MicroBatch:
     """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
 
-    `max_scores` bounds the attention scores that are in memory at once.
+    `kv` is the store of the home that all of its sequences have. `max_scores` bounds the attention scores that are in
+    memory at once.
     """
 
     spans: tuple[Span, ...]
-    kv: KVStore
+    kv: KVStore | HostKV
     max_scores: int = 1 << 24
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the micro-batch."""
         return sum(span.length for span in self.spans)
+
+    @property
+    def parks(self) -> bool:
+        """Whether its forward may switch to the executor inside a layer, as compiled code must not."""
+        return self.kv.parks
 
     @cached_property
     def places(self) -> Places:

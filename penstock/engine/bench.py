@@ -63,6 +63,7 @@ class Phase:
     - `computing`: inside the layers, with the layer there. Gaps between kernels count here.
     - `nvme`: the device had nothing to do until a layer that lives on NVMe had been read and copied.
     - `host_to_device`: the same for a layer that lives in host RAM.
+    - `attention_in_host`: the same for attention of sequences whose keys and values are in host RAM.
     - `outside_layers`: from leaving the last layer to entering the first again: head, choosing tokens, scheduling,
       embedding. The link goes on with the next layers meanwhile.
     """
@@ -91,9 +92,10 @@ class Phase:
         """The shares of the phase's time by cause."""
         traffic = self.traffic
         parts = {
-            "computing": traffic.layers_seconds - traffic.stall_seconds,
+            "computing": traffic.layers_seconds - traffic.stall_seconds - traffic.attention_stall_seconds,
             "nvme": traffic.disk_stall_seconds,
             "host_to_device": traffic.host_stall_seconds,
+            "attention_in_host": traffic.attention_stall_seconds,
             "outside_layers": self.seconds - traffic.layers_seconds,
         }
         parts = {name: max(seconds, 0.0) for name, seconds in parts.items()}

@@ -6,6 +6,9 @@ own code does everything else: embedding, rotary tables, per-layer arguments, he
 
 No stream, autocast or grad context may be entered inside a forward and left in another: those are per thread, not per
 greenlet. They are entered here, around the whole pass.
+
+A forward whose attention is computed beside the device switches back inside a layer, too: it is *parked*. The other
+micro-batches go on to the next layer before it does.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from penstock.engine.batch import CURRENT, MicroBatch
+from penstock.engine.parking import PARKED
 from penstock.offload.source import WeightSource
 from penstock.offload.trace import COMPUTE
 
@@ -35,13 +39,15 @@ class Executor:
     """Runs passes. `layers` are the decoder layers in the order in which every forward calls them.
 
     `weights` is where they get their parameters; it may be set or exchanged between passes. So may `traced`, which puts
-    every layer of every micro-batch into a trace.
+    every layer of every micro-batch into a trace. At most `parked_tokens` tokens, or one micro-batch's, are parked at a
+    time, which bounds the activations that they hold.
     """
 
     def __init__(self, layers: Sequence[nn.Module], weights: WeightSource | None = None) -> None:
         self._num_layers = len(layers)
         self.weights = weights
         self.traced: Traced | None = None
+        self.parked_tokens = 0
         for index, layer in enumerate(layers):
             _gate(layer, index)
 
@@ -58,15 +64,34 @@ class Executor:
                     run.advance(to=0)
                 for index in range(self._num_layers):
                     with self.weights.layer(index):
-                        for run in runs:
-                            run.advance(to=index + 1)
+                        self._advance(runs, to=index + 1)
         finally:
             for run in runs:
                 run.unwind()
         return [run.result() for run in runs]
 
+    def _advance(self, runs: Sequence[_Run], *, to: int) -> None:
+        """Run a layer for every micro-batch; those that are parked go on when all others have gone through it."""
+        parked: list[_Run] = []
+        for run in runs:
+            run.advance(to=to)
+            if run.is_parked:
+                if sum(other.num_tokens for other in (*parked, run)) > self.parked_tokens:
+                    _resume(parked, to=to)
+                    parked = []
+                parked.append(run)
+        _resume(parked, to=to)
+
     def _start(self, number: int, batch: MicroBatch, forward: Forward) -> _Run:
         return _Run(batch, forward) if self.traced is None else _TracedRun(number, batch, forward, self.traced)
+
+
+def _resume(parked: Sequence[_Run], *, to: int) -> None:
+    """Let parked runs go on in turns: what one stores for a sequence comes before what a later one reads of it."""
+    while parked:
+        for run in parked:
+            run.advance(to=to)
+        parked = [run for run in parked if run.is_parked]
 
 
 def _gate(layer: nn.Module, index: int) -> None:
@@ -88,13 +113,21 @@ class _Run:
             CURRENT.set(batch)
             return forward()
 
+        self.num_tokens = batch.num_tokens
         self._greenlet = greenlet(body)
         self._reached: Any = None
 
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits inside a layer."""
+        return self._reached is PARKED
+
     def advance(self, *, to: int) -> None:
-        """Run up to the entry of layer `to`, or to the end where there is no such layer."""
+        """Run up to the entry of layer `to`, or to the end where there is no such layer, unless it parks before."""
         self._reached = self._greenlet.switch()
-        assert self._greenlet.dead or self._reached == to, f"layer {to} expected, the model entered {self._reached}"
+        assert self._greenlet.dead or self._reached in {to, PARKED}, (
+            f"layer {to} expected, the model entered {self._reached}"
+        )
 
     def unwind(self) -> None:
         """Leave a forward that did not end."""

@@ -17,6 +17,7 @@ from penstock.errors import BudgetError
 from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
+from penstock.offload.tiers import Tier
 
 __all__ = ["Forecast", "Length", "expected_length", "forecast"]
 
@@ -122,6 +123,9 @@ class _Blocks:
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         self._held[sequence] = blocks = self._cost.blocks_of(num_tokens)
         self._blocks -= blocks
+
+    def home_of(self, sequence: Hashable) -> Tier:  # noqa: ARG002
+        return Tier.DEVICE
 
     def release(self, sequence: Hashable) -> None:
         self._blocks += self._held.pop(sequence)

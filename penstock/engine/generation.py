@@ -16,7 +16,8 @@ from penstock.engine.report import Progress, Traffic
 from penstock.engine.sampler import Sampler, Token, check_finite
 from penstock.engine.scheduler import Schedule, Scheduler
 from penstock.engine.sequence import Sequence
-from penstock.offload.kv import KVStore
+from penstock.offload.homes import KVHomes
+from penstock.offload.tiers import Tier
 
 __all__ = ["Generation"]
 
@@ -35,7 +36,7 @@ class Generation:
         *,
         model: StreamedModel,
         executor: Executor,
-        kv: KVStore,
+        homes: KVHomes,
         scheduler: Scheduler,
         sampler: Sampler,
         tokenizer: Tokenizer | None,
@@ -47,7 +48,7 @@ class Generation:
     ) -> None:
         self._model = model
         self._executor = executor
-        self._kv = kv
+        self._homes = homes
         self._scheduler = scheduler
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -62,6 +63,7 @@ class Generation:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.peak_sequences = 0
+        self.peak_hosted = 0
         self.first_token_seconds = 0.0
         self._expected_tokens = 0
         if isinstance(sequences, list):
@@ -81,7 +83,7 @@ class Generation:
         finished = 0
         try:
             while (schedule := self._scheduler.schedule()).micro_batches:
-                self.peak_sequences = max(self.peak_sequences, len(self._scheduler.running))
+                self._count(self._scheduler.running)
                 done = [sequence for sequence in self._run(schedule) if sequence.finish_reason]
                 finished += len(done)
                 if self.generated_tokens and not self.first_token_seconds:
@@ -94,12 +96,17 @@ class Generation:
         finally:
             self._scheduler.abort()
 
+    def _count(self, running: Collection[Sequence]) -> None:
+        hosted = sum(self._homes.home_of(sequence.number) is Tier.HOST for sequence in running)
+        self.peak_sequences = max(self.peak_sequences, len(running))
+        self.peak_hosted = max(self.peak_hosted, hosted)
+
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Run one pass; return the sequences that got a token, or the last of their scores."""
         scores: list[tuple[list[Sequence], Tensor]] = []
         logits = self._executor.run_pass([self._forward(spans, scores) for spans in schedule.micro_batches])
         self.num_passes += 1
-        self._kv.check_integrity()
+        self._homes.check_integrity()
         whole = self._scheduler.computed(schedule)
         ready = [sequence for sequence in whole if not sequence.targets]
         self.prompt_tokens += schedule.num_tokens - sum(len(s.output_ids) > 0 for s in ready)
@@ -120,7 +127,7 @@ class Generation:
         self, spans: tuple[Span, ...], scores: list[tuple[list[Sequence], Tensor]]
     ) -> tuple[MicroBatch, Callable[[], Tensor]]:
         """Return a micro-batch and its forward, which adds to `scores` whose tokens it has scored, and how."""
-        batch = MicroBatch(spans, self._kv, self._max_scores)
+        batch = MicroBatch(spans, self._homes.store_of(spans[0].sequence), self._max_scores)
         tokens: list[int] = []
         keep: list[int] = []
         rows: list[int] = []

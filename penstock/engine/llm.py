@@ -51,9 +51,10 @@ from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.cost import Machine
 from penstock.offload.hardware import HardwareProfile
+from penstock.offload.homes import KVHomes
 from penstock.offload.kv import KVStore
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
-from penstock.offload.stream import StreamStatistics, WeightStream
+from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
 
@@ -80,8 +81,8 @@ class LLM:
     the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
-    lengths that it `expects` on this `hardware`; without either, the usual one. A context manager;
-    `close` gives all memory back.
+    lengths that it `expects` on this `hardware`; without either, the usual one. Code that is compiled for attention in
+    host RAM is kept in `kernel_directory`, where given. A context manager; `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
@@ -104,6 +105,7 @@ class LLM:
         trace: Trace | None = None,
         hardware: HardwareProfile | None = None,
         expects: Items[Length] = (),
+        kernel_directory: Path | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
@@ -147,7 +149,17 @@ class LLM:
             device=self._device,
         )
         with ExitStack() as cleanup:
-            cleanup.callback(self._kv.close)
+            self._homes = cleanup.enter_context(
+                KVHomes(
+                    self._kv,
+                    cost=self._kv_cost,
+                    host_nbytes=self.plan.kv_host_nbytes,
+                    device=self._device,
+                    kernel_directory=kernel_directory,
+                    trace=trace,
+                )
+            )
+            self._executor.parked_tokens = self.plan.micro_batch_tokens
             self._weights = cleanup.enter_context(
                 WeightStream(
                     self.plan,
@@ -327,18 +339,18 @@ class LLM:
         if self._generation is not None:
             raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
         scheduler = Scheduler(
-            self._kv,
+            self._homes,
             micro_batch_tokens=self.plan.micro_batch_tokens,
             pass_tokens=self.plan.pass_tokens,
             splits_prompts=self._model.splits_prompts,
         )
         sequences = self._prepared(requests, scheduler, on_error)
-        before = self._weights.statistics()
+        before = self._traffic()
         generation = Generation(
             list(sequences) if whole else sequences,
             model=self._model,
             executor=self._executor,
-            kv=self._kv,
+            homes=self._homes,
             scheduler=scheduler,
             sampler=self._sampler,
             tokenizer=self.tokenizer,
@@ -346,9 +358,12 @@ class LLM:
             max_scores=self.plan.max_scores,
             score_rows=self._score_rows(),
             on_pass=on_pass,
-            traffic=lambda: Traffic.between(before, self._weights.statistics()),
+            traffic=lambda: self._traffic() - before,
         )
         return self._run(generation, before, result_of)
+
+    def _traffic(self) -> Traffic:
+        return Traffic.of(self._weights.statistics(), self._homes.statistics())
 
     def _prepared(
         self, requests: Iterator[R], scheduler: Scheduler, on_error: Callable[[R, PenstockError], None] | None
@@ -370,9 +385,7 @@ class LLM:
         room += SCORE_NBYTES * self.plan.max_scores
         return max(1, min(room // (LOGIT_NBYTES * self._model.vocab_size), self.plan.micro_batch_tokens))
 
-    def _run(
-        self, generation: Generation, before: StreamStatistics, result_of: Callable[[Sequence, Any], T]
-    ) -> Iterator[T]:
+    def _run(self, generation: Generation, before: Traffic, result_of: Callable[[Sequence, Any], T]) -> Iterator[T]:
         start = time.perf_counter()
         if self._generation is not None:
             raise RequestError("another run of this model is going on", fix="Finish or close its stream first.")
@@ -381,11 +394,11 @@ class LLM:
             with closing(generation.run()) as finished:
                 for sequence in finished:
                     seconds = time.perf_counter() - start
-                    self._report(generation, seconds, Traffic.between(before, self._weights.statistics()))
+                    self._report(generation, seconds, self._traffic() - before)
                     yield result_of(sequence, self.tokenizer)
                     if self._closed:
                         raise ClosedError("the model was closed during a run")
-            self._report(generation, time.perf_counter() - start, Traffic.between(before, self._weights.statistics()))
+            self._report(generation, time.perf_counter() - start, self._traffic() - before)
         finally:
             self._generation = None
 
@@ -421,6 +434,7 @@ class LLM:
             first_token_seconds=generation.first_token_seconds,
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
+            peak_hosted=generation.peak_hosted,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,
@@ -524,4 +538,4 @@ def _resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> Me
                 got=f"{format_size(there)} free",
                 fix=f"Lower the {name} memory.",
             )
-    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme)
+    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme, kv_host=tiers.kv_host)

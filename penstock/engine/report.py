@@ -9,6 +9,7 @@ from penstock.engine.forecast import Forecast
 from penstock.engine.model.compile import Compilation
 from penstock.engine.scheduler import Schedule
 from penstock.engine.startup import StartUp
+from penstock.offload.homes import HomesStatistics
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
 from penstock.offload.tiers import Tier
@@ -21,7 +22,8 @@ class Traffic:
     """Bytes and seconds of the links during a run.
 
     `disk_busy_seconds` is the time with at least one read under way. Computing waited `disk_stall_seconds` for layers
-    from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all.
+    from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all;
+    and there, `attention_stall_seconds` for the `attention_seconds` of attention in host RAM.
     """
 
     disk_bytes: int
@@ -31,6 +33,8 @@ class Traffic:
     host_stall_seconds: float
     layers_seconds: float
     buffered_reads: int
+    attention_seconds: float = 0.0
+    attention_stall_seconds: float = 0.0
 
     @property
     def stall_seconds(self) -> float:
@@ -42,16 +46,18 @@ class Traffic:
         return Traffic(*(mine - before for mine, before in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
-    def between(cls, before: StreamStatistics, after: StreamStatistics) -> Traffic:
-        """Return what moved between two snapshots."""
+    def of(cls, stream: StreamStatistics, homes: HomesStatistics) -> Traffic:
+        """Return what has moved since the start."""
         return cls(
-            disk_bytes=after.disk.bytes_read - before.disk.bytes_read,
-            disk_busy_seconds=after.disk.busy_seconds - before.disk.busy_seconds,
-            device_bytes=after.device_bytes - before.device_bytes,
-            disk_stall_seconds=after.disk_stall_seconds - before.disk_stall_seconds,
-            host_stall_seconds=after.host_stall_seconds - before.host_stall_seconds,
-            layers_seconds=after.layers_seconds - before.layers_seconds,
-            buffered_reads=after.disk.buffered_reads - before.disk.buffered_reads,
+            disk_bytes=stream.disk.bytes_read,
+            disk_busy_seconds=stream.disk.busy_seconds,
+            device_bytes=stream.device_bytes,
+            disk_stall_seconds=stream.disk_stall_seconds,
+            host_stall_seconds=stream.host_stall_seconds,
+            layers_seconds=stream.layers_seconds,
+            buffered_reads=stream.disk.buffered_reads,
+            attention_seconds=homes.attention_seconds,
+            attention_stall_seconds=homes.waited_seconds,
         )
 
 
@@ -80,6 +86,7 @@ class RunReport:
     """One call of `generate`, for people and for JSON.
 
     `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
+    Of the `peak_sequences` at once, up to `peak_hosted` had their keys and values in host RAM.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
     device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began.
     """
@@ -103,6 +110,7 @@ class RunReport:
     reader: dict[str, Any]
     compilation: Compilation
     forecast: Forecast | None = None
+    peak_hosted: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -138,6 +146,11 @@ class RunReport:
                 "weights_seconds": self.traffic.stall_seconds,
                 "nvme_seconds": self.traffic.disk_stall_seconds,
                 "host_to_device_seconds": self.traffic.host_stall_seconds,
+                "attention_in_host_seconds": self.traffic.attention_stall_seconds,
+            },
+            "attention_in_host": {
+                "peak_sequences": self.peak_hosted,
+                "busy_seconds": self.traffic.attention_seconds,
             },
             "reader": self.reader,
             "layer_code": self.compilation.as_dict(),
@@ -169,6 +182,11 @@ class RunReport:
             f"layer code     {self.compilation.explain()}",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
+        if self.plan.kv_host_nbytes:
+            lines.append(
+                f"host RAM       keys and values of up to {self.peak_hosted} sequences; attention there took "
+                f"{disk.attention_seconds:.2f} s, computing waited {disk.attention_stall_seconds:.2f} s for it"
+            )
         if self.forecast:
             lines.append(f"plan           {self.forecast.explain()}")
         return "\n".join(lines)

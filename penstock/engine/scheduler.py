@@ -4,6 +4,9 @@ Every pass carries the newest token of each running sequence, and as many prompt
 Requests start in order, as soon as keys and values have room for all of their tokens. So none waits for ever: what runs
 ends and gives its room back, and nothing overtakes the head of the queue, even where something smaller would fit.
 
+Micro-batches are of one home of keys and values each. Those of sequences at home in host RAM come first, so that
+attention there has the longest time; single tokens and prompts of them apart, because prompts need not wait for it.
+
 Only the head is looked at. What waits behind it may still be in an iterator, unread; it costs a pass nothing.
 """
 
@@ -18,6 +21,7 @@ from typing import Protocol
 from penstock.engine.batch import Span
 from penstock.engine.sequence import Sequence
 from penstock.errors import BudgetError, RequestError
+from penstock.offload.tiers import Tier
 
 __all__ = ["Room", "Schedule", "Scheduler"]
 
@@ -36,6 +40,9 @@ class Room(Protocol):
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         """Reserve memory for a sequence."""
+
+    def home_of(self, sequence: Hashable) -> Tier:
+        """Say where the memory of a sequence is: on the device or in host RAM."""
 
     def release(self, sequence: Hashable) -> None:
         """Give it back."""
@@ -98,7 +105,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose the next pass; an empty one when nothing is left."""
-        packer = _Packer(self._micro_batch_tokens, splits=self._splits_prompts)
+        packer = _Packers(self._room, self._micro_batch_tokens, splits=self._splits_prompts)
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed == 1:
                 packer.add(Span(sequence.number, sequence.num_computed, 1))
@@ -121,12 +128,12 @@ class Scheduler:
             self.add(sequence)
         return self._waiting[0] if self._waiting else None
 
-    def _room_for(self, sequence: Sequence, packer: _Packer) -> bool:
+    def _room_for(self, sequence: Sequence, packer: _Packers) -> bool:
         needed = 1 if self._splits_prompts else len(sequence.prompt_ids)
         has_tokens = packer.num_tokens + needed <= self._pass_tokens or packer.num_tokens == 0
         return has_tokens and self._room.fits(sequence.capacity)
 
-    def _prefill(self, sequence: Sequence, packer: _Packer) -> None:
+    def _prefill(self, sequence: Sequence, packer: _Packers) -> None:
         length = sequence.num_tokens - sequence.num_computed
         if self._splits_prompts:
             length = min(length, max(self._pass_tokens - packer.num_tokens, 0))
@@ -155,6 +162,27 @@ class Scheduler:
             self.finish(sequence)
         self._waiting.clear()
         self._source = iter(())
+
+
+class _Packers:
+    """Sorts spans into micro-batches of their kind."""
+
+    def __init__(self, room: Room, micro_batch_tokens: int, *, splits: bool) -> None:
+        self._room = room
+        self._packers = {kind: _Packer(micro_batch_tokens, splits=splits) for kind in ("hosted", "hosted prompts", "")}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(packer.num_tokens for packer in self._packers.values())
+
+    def add(self, span: Span) -> None:
+        kind = ""
+        if self._room.home_of(span.sequence) is Tier.HOST:
+            kind = "hosted" if span.length == 1 else "hosted prompts"
+        self._packers[kind].add(span)
+
+    def finish(self) -> tuple[tuple[Span, ...], ...]:
+        return tuple(spans for packer in self._packers.values() for spans in packer.finish())
 
 
 class _Packer:

@@ -10,7 +10,7 @@ sequence can never run out of memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from penstock.errors import BudgetError, ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
+from penstock.offload.tiers import Tier
 
 __all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
 
@@ -138,7 +139,11 @@ class KVStore:
     `cost` is what admission charges. The blocks are one allocation on `device`, made here and again only between runs,
     when sequences of other lengths come and so what they keep besides blocks takes another share of the limit.
     `limit_nbytes=None` means that the caller does the counting (a rehearsal): then blocks grow as sequences come.
+    `allocate` gives flat uint8 memory on the device in other ways than torch's.
     """
+
+    parks = False
+    """Whether forwards may wait for what is not the device's work (`host_kv`)."""
 
     def __init__(
         self,
@@ -146,10 +151,12 @@ class KVStore:
         limit_nbytes: int | None = None,
         cost: KVCost | None = None,
         device: torch.device | str = "cpu",
+        allocate: Callable[[int], Tensor] | None = None,
     ) -> None:
         self._limit = limit_nbytes
         self._cost = cost or KVCost(0, block_tokens=BLOCK_TOKENS)
         self._device = torch.device(device)
+        self._allocate = allocate or self._allocate_there
         self._sequences: dict[Hashable, _Sequence] = {}
         self._allocator = BlockAllocator()
         self._layers: dict[int, tuple[Tensor, ...]] = {}
@@ -160,17 +167,25 @@ class KVStore:
         self._closed = False
         self.prepare((TYPICAL_TOKENS,))
 
-    def prepare(self, lengths: Sequence[int]) -> None:
-        """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so."""
+    def _allocate_there(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def prepare(self, lengths: Sequence[int], *, num_elsewhere: int = 0) -> None:
+        """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so.
+
+        So many sequences that have their blocks elsewhere get at most half of it, for what they keep besides.
+        """
         if self._limit is None or not lengths or self._sequences or self._closed:
             return
-        wanted = self._cost.divide(self._limit, lengths)
+        elsewhere = min(num_elsewhere * self._cost.sequence_nbytes, self._limit // 2)
+        wanted = self._cost.divide(self._limit - elsewhere, lengths)
         there = self._allocator.num_blocks
-        if there >= max(map(self._blocks_of, lengths)) and abs(wanted - there) * 10 <= there:
+        near = abs(wanted - there) * 10 <= there and (there <= wanted or not elsewhere)
+        if there >= max(map(self._blocks_of, lengths)) and near:
             return
         self._layers.clear()
         self._pool, self._carved = None, 0  # before the next one is made
-        self._pool = torch.empty(wanted * self._cost.block_nbytes, dtype=torch.uint8, device=self._device)
+        self._pool = self._allocate(wanted * self._cost.block_nbytes)
         self._allocator = BlockAllocator(wanted)
 
     def fits(self, num_tokens: int) -> bool:
@@ -286,6 +301,10 @@ class KVStore:
     def keep_state(self, layer: int, sequence: Hashable, state: Any, *, nbytes: int) -> None:
         """Keep a recurrent mixer's state, which holds `nbytes` bytes, until the next pass."""
         self._sequences[sequence].states[layer] = (state, nbytes)
+
+    def home_of(self, sequence: Hashable) -> Tier:  # noqa: ARG002
+        """Return where every sequence's keys and values are, for a room that has this home alone."""
+        return Tier.DEVICE
 
     def release(self, sequence: Hashable) -> None:
         """Give back all that a sequence holds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from penstock.errors import BudgetError
@@ -69,6 +69,7 @@ class Plan:
     """Where every layer lives and how the device's bytes are shared out.
 
     `tiers` names each layer's tier. `device_nbytes` = resident unit + slots + device layers + workspace + `kv_nbytes`.
+    Host RAM holds `host_nbytes` of layers and `kv_host_nbytes` of keys and values.
     """
 
     tiers: tuple[Tier, ...]
@@ -83,6 +84,7 @@ class Plan:
     device_layer_nbytes: int
     host_nbytes: int
     nvme_nbytes: int
+    kv_host_nbytes: int = 0
 
     @property
     def device_nbytes(self) -> int:
@@ -103,7 +105,8 @@ class Plan:
                 f"{counts[Tier.DEVICE]} layers {format_size(self.device_layer_nbytes)}, "
                 f"{self.num_slots} slots of {format_size(self.slot_nbytes)}, "
                 f"keys and values {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
-                f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}",
+                f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}"
+                + (f"; keys and values {format_size(self.kv_host_nbytes)}" if self.kv_host_nbytes else ""),
                 f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass",
                 f"pass    up to {self.pass_tokens} tokens in micro-batches of {self.micro_batch_tokens}",
             )
@@ -118,10 +121,20 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     """Place a model. `tiers.device` and `tiers.host` must be known. Raises BudgetError, with what is short by how much.
 
     A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
-    layers get half of what the slots leave, and keys and values all the rest.
+    layers get half of what the slots leave, and keys and values all the rest. In host RAM `tiers.kv_host` comes first.
     """
     assert tiers.device is not None
     assert tiers.host is not None
+    kv_host = tiers.kv_host or 0
+    if kv_host > tiers.host:
+        raise BudgetError(
+            "keys and values in host RAM take more than the host memory budget",
+            wanted=f"at most {format_size(tiers.host)}",
+            got=format_size(kv_host),
+            fix="Raise the host memory, or lower its part for keys and values.",
+        )
+    if kv_host:  # while micro-batches wait for attention in host RAM, another one runs
+        shape = replace(shape, workspace_nbytes=2 * shape.workspace_nbytes)
     micro, total, scores = _tokens_that_fit(shape, tiers.device, limits)
     workspace = shape.workspace_of(micro, total) + SCORE_NBYTES * scores
     room = tiers.device - shape.resident_nbytes - workspace
@@ -136,7 +149,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         left = left // 2 if limits.device_layers is None else left - _minimum_kv(shape)
         on_device = _spread(shape.layer_nbytes, left, everything, most)
     streamed = [index for index in everything if index not in on_device]
-    in_host = _spread(shape.wire_nbytes, tiers.host, streamed, len(streamed))
+    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, len(streamed))
     on_disk = [index for index in streamed if index not in in_host]
     nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
     if tiers.nvme is not None and nvme_nbytes > tiers.nvme:
@@ -164,6 +177,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         device_layer_nbytes=device_layers,
         host_nbytes=sum(shape.wire_nbytes[index] for index in in_host),
         nvme_nbytes=nvme_nbytes,
+        kv_host_nbytes=kv_host,
     )
 
 

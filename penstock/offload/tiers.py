@@ -58,12 +58,21 @@ class MemoryTiers:
     `host`: pinned RAM for whole layers; None takes most of what is free.
     `nvme`: how many bytes of layers may be left on disk and read in every pass; None sets no limit. The checkpoint is
     read where it lies, so this tier takes no space of its own.
+    `kv_host`: the part of `host` that keys and values of further sequences may take; None leaves it to the plan.
     """
 
     device: int | None
     host: int | None
     nvme: int | None
+    kv_host: int | None
 
-    def __init__(self, *, device: Size | None = None, host: Size | None = None, nvme: Size | None = None) -> None:
-        for name, size in (("device", device), ("host", host), ("nvme", nvme)):
+    def __init__(
+        self,
+        *,
+        device: Size | None = None,
+        host: Size | None = None,
+        nvme: Size | None = None,
+        kv_host: Size | None = None,
+    ) -> None:
+        for name, size in (("device", device), ("host", host), ("nvme", nvme), ("kv_host", kv_host)):
             object.__setattr__(self, name, None if size is None else parse_size(size))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from penstock.io.atomic import write_whole
 
-__all__ = ["COMPUTE", "DISK", "FROM_STAGING", "INTO_HOST", "STALLS", "TO_DEVICE", "TO_HOST", "Trace"]
+__all__ = ["ATTENTION", "COMPUTE", "DISK", "FROM_STAGING", "INTO_HOST", "STALLS", "TO_DEVICE", "TO_HOST", "Trace"]
 
 DISK = "disk"
 INTO_HOST = "staged from disk → host RAM"
@@ -25,8 +25,9 @@ FROM_STAGING = "host → device, staged from disk"
 TO_DEVICE = "host → device"
 TO_HOST = "device → host"
 COMPUTE = "compute"
+ATTENTION = "attention in host RAM"
 STALLS = "stalls"
-_ORDER = (DISK, INTO_HOST, FROM_STAGING, TO_DEVICE, TO_HOST, COMPUTE, STALLS)
+_ORDER = (DISK, INTO_HOST, FROM_STAGING, TO_DEVICE, TO_HOST, ATTENTION, COMPUTE, STALLS)
 """Lanes from top to bottom. Several disk lanes, "disk 1" and so on, show reads that are under way at once."""
 
 

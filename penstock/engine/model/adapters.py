@@ -11,6 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -143,7 +144,6 @@ def _adapt_attention(module: Any, model: Any) -> str:
         return "positions"
     if type(module).__name__ == "DiffLlamaAttention":
         module.second_layer_idx = module.layer_idx + model.config.num_hidden_layers
-        module.seen_key = None
         module.penstock_attention = MethodType(_twofold_attention, module)
         return "twofold"
     return ""
@@ -199,16 +199,20 @@ def _latent_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **
 
 def _tempered_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     """Scale queries by their positions; transformers takes the tokens' place in the batch for their position."""
-    positions = CURRENT.get().places.positions
+    positions = CURRENT.get().places.positions.to(query.device, non_blocking=True)
     scales = torch.log1p(torch.floor((positions.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
     query = (query * scales.view(1, 1, -1, 1)).to(query.dtype)
     return attend_spans(module, query, key, value, rule_of(module, query, **arguments))
 
 
+_SEEN_KEY: ContextVar[Tensor | None] = ContextVar("penstock_seen_key", default=None)
+"""The keys of a layer's first attention, until its second: each forward's own, since others may run in between."""
+
+
 def _twofold_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
     """Two attentions per layer, with the same keys and other values: the second has a number of its own."""
-    second = module.seen_key is key
-    module.seen_key = None if second else key
+    second = _SEEN_KEY.get() is key
+    _SEEN_KEY.set(None if second else key)
     layer = module.second_layer_idx if second else None
     return attend_spans(module, query, key, value, rule_of(module, query, **arguments), layer=layer)
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from penstock.engine.batch import CURRENT, MicroBatch
+from penstock.engine.model.hosted import attend_hosted
 from penstock.engine.model.opaque import opaque
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import attend_together, can_attend_together
 from penstock.kernels.paged import find_paged
+from penstock.offload.host_kv import HostRows
 from penstock.offload.kv import Rows
 from penstock.offload.plan import SCORE_NBYTES
 
@@ -98,12 +100,14 @@ def attend_spans(
     return attend_rows(query[0], kept, rule)[None]
 
 
-def attend_rows(query: Tensor, kept: Rows, rule: Rule) -> Tensor:
+def attend_rows(query: Tensor, kept: Rows | HostRows, rule: Rule) -> Tensor:
     """Attend with query [Hq, T, D] over the keys and values that the store keeps -> [T, Hq, Dv].
 
     Sequences with one new token, which come first, go through a kernel for blocks where there is one; of the others
     many together through torch's, or each alone.
     """
+    if isinstance(kept, HostRows):
+        return attend_hosted(query, kept, rule)
     batch, singles = CURRENT.get(), kept.places.singles
     keys, values = kept.blocks
     made = query.new_empty((query.shape[1], query.shape[0], values.shape[-1]))

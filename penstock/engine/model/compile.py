@@ -2,7 +2,8 @@
 
 torch.compile gets each layer as an argument of one function per kind, so a kind's layers share their code: what it
 guards are types, shapes and settings, never addresses. Attention is opaque to it (`engine/model/opaque.py`). Token
-counts are dynamic, except that one token alone runs eagerly, where there is nothing to fuse.
+counts are dynamic, except that one token alone runs eagerly, where there is nothing to fuse. So do micro-batches that
+may switch to the executor inside a layer: what attention is opaque to must not be left and entered again.
 
 All compiling happens at start-up. What fails then, or would have to be compiled again in a pass, runs eagerly from
 there on, its whole kind, and the log and the report say why.
@@ -188,7 +189,7 @@ def _install(layer: nn.Module, kind: _Kind) -> None:
     kind.reason = kind.reason or _own_code(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kind.code is None or _is_one_token():
+        if kind.code is None or CURRENT.get().parks or _is_one_token():
             return eager(*args, **kwargs)
         LAYER.set(layer)
         if not kind.is_sealed:

@@ -1,0 +1,253 @@
+"""Keys and values in host RAM, and attention beside them.
+
+What touches this store runs on one thread, in the order in which forwards have asked for it: new rows are there before
+anything reads them, and a sequence's tokens come in order. Rows and queries come from the device through staging
+memory, by copies that nobody waits for but that thread; results go back the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.attention import Rule
+from penstock.kernels.paged_cpu import AttendPaged
+from penstock.offload.clock import Clock, Stopwatch
+from penstock.offload.copies import CudaClock
+from penstock.offload.kv import KVStore, Places, Tokens
+from penstock.offload.trace import ATTENTION, STALLS, Trace
+
+__all__ = ["STAGED_NBYTES", "HostKV", "HostRows"]
+
+STAGED_NBYTES = 64 << 20
+"""New rows on their way to the store: a forward waits when there are more, unless they are one micro-batch's."""
+
+_WAITING = "attention beside keys"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HostRows:
+    """What one layer keeps in host RAM of a micro-batch's sequences.
+
+    `kinds` are shape and dtype of a token's rows. `new` [T, H, ...] are the rows that were just stored, still on the
+    device; none where another layer has stored them.
+    """
+
+    home: HostKV
+    layer: int
+    places: Places
+    kinds: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    new: tuple[Tensor, ...]
+    shared: int | None = None
+
+    def sharing_values(self, size: int) -> HostRows:
+        """Return keys and values, where all that is kept are keys whose first `size` elements are the values."""
+        return replace(self, shared=size)
+
+    def both(self, stored: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return keys and values of rows as they are stored."""
+        keys, values = (stored[0], stored[0][..., : self.shared]) if self.shared else stored
+        return keys, values
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the keys."""
+        return self.kinds[0][0][0]
+
+    @property
+    def value_size(self) -> int:
+        """Elements of a value of one head."""
+        return self.shared or self.kinds[-1][0][-1]
+
+    @property
+    def head_nbytes(self) -> int:
+        """Bytes of one token's rows in one head."""
+        return sum(prod(shape[1:]) * dtype.itemsize for shape, dtype in self.kinds)
+
+    def known(self, index: int) -> int:
+        """Tokens of one sequence of which the rows are not in `new`, but in host RAM."""
+        begin, end = self.places.offsets[index : index + 2]
+        return self.places.ends[index] - (end - begin if self.new else 0)
+
+
+class HostKV:
+    """What a micro-batch whose sequences' home is host RAM has as its store. Close drains it; idempotent.
+
+    `store` holds their blocks. `states` is the device's store, which keeps what these sequences have besides: recurrent
+    states are computed with on the device. `attend` runs on `num_threads` threads. Whatever goes wrong on the thread
+    comes out of `wait`, or else of `settle`.
+    """
+
+    parks = True
+
+    def __init__(
+        self,
+        store: KVStore,
+        *,
+        states: KVStore,
+        device: torch.device,
+        attend: AttendPaged,
+        num_threads: int,
+        trace: Trace | None = None,
+    ) -> None:
+        self.store = store
+        self.state, self.keep_state = states.state, states.keep_state
+        self._attend = attend
+        self._num_threads = num_threads
+        self._device = device
+        self._trace = trace
+        self._watch = Stopwatch(CudaClock(device) if device.type == "cuda" else Clock(), trace)
+        self._kinds: dict[int, tuple[tuple[tuple[int, ...], torch.dtype], ...]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-attention")
+        self._last: Future[Any] | None = None
+        self._storing: deque[tuple[Future[None], int]] = deque()
+        self.attention_seconds = 0.0
+        self._closed = False
+
+    @property
+    def waited_seconds(self) -> float:
+        """For how long computing had nothing to do but to wait for this thread, as the device sees it."""
+        return self._watch.seconds(_WAITING)
+
+    def locate(self, spans: Sequence[Tokens]) -> Places:
+        """Say where the new tokens of a micro-batch go, as `KVStore.locate` does; in host RAM."""
+        return self.store.locate(spans)
+
+    def append(self, layer: int, places: Places, *rows: Tensor) -> HostRows:
+        """Send one layer's new rows of a micro-batch on their way, [T, H, ...] each on the device."""
+        kinds = self._kinds[layer] = tuple((tuple(row.shape[1:]), row.dtype) for row in rows)
+        nbytes = sum(row.numel() * row.element_size() for row in rows)
+        self._make_room(nbytes)
+        staged, arrived = self._stage(rows)
+
+        def store() -> None:
+            arrived()
+            self.store.append(layer, places, *staged)
+
+        self._storing.append((self._submit(store), nbytes))
+        return HostRows(self, layer, places, kinds, rows)
+
+    def read(self, layer: int, places: Places) -> HostRows:
+        """Return what `append` stored for this layer: layers that share another layer's keys use it."""
+        return HostRows(self, layer, places, self._kinds[layer], ())
+
+    def attend(self, kept: HostRows, query: Tensor, rule: Rule) -> Future[Tensor]:
+        """Attend beside the keys for the n leading sequences with one new token: query [n, Hq, D] -> [n, Hq, Dv].
+
+        The result lies in staging memory. The rule has neither a bias nor chunks.
+        """
+        places, count = kept.places, len(query)
+        asked = (query,) if rule.sinks is None else (query, rule.sinks)
+        staged, arrived = self._stage(asked)
+        out = self._staging((count, query.shape[1], kept.value_size), query.dtype)
+
+        def work() -> Tensor:
+            arrived()
+            keys, values = kept.both(self.store.read(kept.layer, places).blocks)
+            begun = time.perf_counter()
+            self._attend(
+                staged[0],
+                keys,
+                values,
+                places.singles.table[:count],
+                places.singles.lengths[:count],
+                scale=rule.scale,
+                window=rule.window,
+                softcap=rule.softcap,
+                sinks=None if rule.sinks is None else staged[1].float(),
+                num_threads=self._num_threads,
+                out=out,
+            )
+            ended = time.perf_counter()
+            self.attention_seconds += ended - begun
+            if self._trace is not None:
+                self._trace.add(ATTENTION, f"layer {kept.layer}", begun, ended, sequences=count)
+            return out
+
+        return self._submit(work)
+
+    def fetch(self, kept: HostRows, index: int, heads: slice) -> Future[tuple[Tensor, ...]]:
+        """Copy the `known` tokens of one sequence together, [L, heads, ...] each, in staging memory."""
+        length, count = kept.known(index), heads.stop - heads.start
+        made = tuple(self._staging((length, count, *shape[1:]), dtype) for shape, dtype in kept.kinds)
+
+        def work() -> tuple[Tensor, ...]:
+            rows = self.store.read(kept.layer, kept.places).of(index, heads)
+            for copy, row in zip(made, rows, strict=True):
+                copy.copy_(row[:length])
+            return made
+
+        return self._submit(work)
+
+    def wait(self, future: Future[T]) -> T:
+        """Return what the thread has made; block until it is there. Raises what went wrong."""
+        if future.done():
+            return future.result()
+        waiting = self._watch.begin()
+        try:
+            return future.result()
+        finally:
+            self._watch.end(_WAITING, waiting, lane=STALLS)
+
+    def settle(self) -> None:
+        """Block until all rows are stored. Raises what went wrong with any of them."""
+        while self._storing:
+            self.wait(self._storing.popleft()[0])
+
+    def release(self, sequence: Hashable) -> None:
+        """Give back a sequence's blocks, when nothing that was asked for before can touch them any more."""
+        if self._last is not None:
+            wait([self._last])
+            self._last = None
+            self._storing.clear()
+        self.store.release(sequence)
+
+    def close(self) -> None:
+        """Let what is under way end, and the thread with it. Sequences may still be released."""
+        if not self._closed:
+            self._closed = True
+            self._thread.shutdown(cancel_futures=True)
+            self._storing.clear()
+            self.store.close()
+
+    def _make_room(self, nbytes: int) -> None:
+        """Wait until new rows may be under way besides those that are."""
+        while self._storing and (
+            self._storing[0][0].done() or nbytes + sum(size for _, size in self._storing) > STAGED_NBYTES
+        ):
+            self.wait(self._storing.popleft()[0])
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        def run() -> T:
+            with torch.inference_mode():
+                return work()
+
+        future = self._thread.submit(run)
+        self._last = future
+        return future
+
+    def _staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
+
+    def _stage(self, rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """Start copies to staging memory; return them, and what blocks until they are there."""
+        staged = tuple(self._staging(tuple(row.shape), row.dtype).copy_(row, non_blocking=True) for row in rows)
+        if self._device.type != "cuda":
+            return staged, _nothing
+        arrived = torch.cuda.Event(blocking=True)  # its waiter sleeps: the cores are for attention
+        arrived.record(torch.cuda.current_stream(self._device))
+        return staged, arrived.synchronize
+
+
+def _nothing() -> None:
+    """Copies on the CPU are done when they have been issued."""
