@@ -34,6 +34,13 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
+def kernel_directory(tmp_path_factory, worker_id):
+    """Where compiled kernels are kept, the same for all workers of a run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base if worker_id == "master" else base.parent) / "kernels"
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """A random float32 Llama of 6 layers of 120 KiB in 6 shards, without a tokenizer; context 256, vocabulary 257."""
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -1,0 +1,191 @@
+"""Sequences with their keys and values in host RAM, beside others on the device, get the tokens of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, REFERENCE_ATTENTION
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import Stream, make_config, reference, save_checkpoint, worst_error
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+from penstock import LLM, MemoryTiers, SamplingParams
+from penstock.engine.batch import MicroBatch
+from penstock.offload.homes import KVHomes
+from penstock.offload.kv import KVStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # some of transformers' code
+
+NAMES = ["llama", "mistral", "gemma2", "gpt_oss", "bloom", "deepseek_v3", "llama4_text", "gemma3n_text", "diffllama",
+         "qwen3_next"]  # fmt: skip
+"""Grouped queries, windows, soft caps, sinks, ALiBi, latents, chunks, shared keys, two attentions in one layer, and
+recurrent states."""
+
+PROMPTS = [[5 + (7 * n + 31 * k) % 250 for n in range(length)] for k, length in enumerate((1, 2, 7, 16, 23, 40))]
+NUM_NEW = 6
+SIZE = 4
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model, and what transformers completes each prompt with."""
+
+    llm: LLM
+    tokens: list[tuple[int, ...]]
+    kernels: Path
+
+
+@torch.no_grad()
+def greedy(path: Path, attention: str, device: str) -> list[tuple[int, ...]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+    model = model.eval().to(device)
+    result = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(NUM_NEW):
+            top = model(torch.tensor([ids], device=device), use_cache=False).logits[0, -1].topk(2)
+            assert top.values[0] - top.values[1] > 1e-4, "these weights must tell the first from the second"
+            ids.append(int(top.indices[0]))
+        result.append(tuple(ids[len(prompt) :]))
+    return result
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def known(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, kernel_directory: Path, device: str
+) -> Iterator[Known]:
+    name = request.param
+    path = tmp_path_factory.mktemp(name)
+    save_checkpoint(make_config(FAMILIES[name], name), path)
+    tokens = greedy(path, REFERENCE_ATTENTION.get(name, "eager"), device)
+    with LLM(path, tiers=MemoryTiers(device="64MiB", host=0), device=device, compile=False) as llm:
+        yield Known(llm, tokens, kernel_directory)
+
+
+@contextmanager
+def homes_of(known: Known, *, on_device: int, in_host: int, **limits: int) -> Iterator[KVHomes]:
+    """Give a model homes of so many blocks, and other limits."""
+    llm = known.llm
+    cost = replace(llm._kv_cost, block_tokens=SIZE)
+    nbytes = on_device * cost.block_nbytes + 12 * cost.sequence_nbytes
+    store = KVStore(limit_nbytes=nbytes, cost=cost, device=llm._device)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        KVHomes(
+            store,
+            cost=cost,
+            host_nbytes=in_host * cost.block_nbytes,
+            device=llm._device,
+            kernel_directory=known.kernels,
+        ) as homes,
+    ):
+        patch.setattr(llm, "_homes", homes)
+        patch.setattr(llm._executor, "parked_tokens", limits.pop("parked_tokens", 1 << 20))
+        patch.setattr(llm, "plan", replace(llm.plan, **limits))
+        yield homes
+
+
+LONGEST = -(-(len(PROMPTS[-1]) + NUM_NEW) // SIZE)
+requests = st.lists(st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(1, NUM_NEW)), min_size=1, max_size=8)
+
+
+@settings(max_examples=10)
+@given(
+    requests,
+    st.integers(LONGEST, 3 * LONGEST),
+    st.integers(1, 4 * LONGEST),
+    st.integers(1, 40),
+    st.integers(1, 80),
+    st.sampled_from([0, 5, 1 << 20]),
+    st.sampled_from([16, 1 << 20]),
+)
+def test_random_schedules_over_two_homes_give_the_tokens_of_transformers(
+    known: Known,
+    requests: list[tuple[int, int]],
+    on_device: int,
+    in_host: int,
+    micro: int,
+    total: int,
+    parked: int,
+    scores: int,
+) -> None:
+    llm = known.llm
+    micro = micro if llm.model.splits_prompts else max(micro, len(PROMPTS[-1]))
+    limits = {"micro_batch_tokens": micro, "pass_tokens": max(micro, total), "max_scores": scores}
+    with homes_of(known, on_device=on_device, in_host=in_host, parked_tokens=parked, **limits) as homes:
+        params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for _, count in requests]
+        outputs = llm.generate([PROMPTS[prompt] for prompt, _ in requests], params)
+        homes.check_integrity()
+        after = homes.statistics()
+        assert after.device.num_sequences == after.device.nbytes == 0
+        assert after.host is not None
+        assert after.host.num_free_blocks == after.host.num_blocks == in_host
+    made = [output.outputs[0].token_ids for output in outputs]
+    assert made == [known.tokens[prompt][:count] for prompt, count in requests]
+
+
+def test_a_full_device_sends_sequences_to_host_ram(known: Known) -> None:
+    """No sequence waits, and each home has some; single tokens, prompts in parts and whole ones ride together."""
+    llm, params = known.llm, SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
+    micro = 16 if llm.model.splits_prompts else len(PROMPTS[-1])
+    with homes_of(known, on_device=LONGEST, in_host=8 * LONGEST, micro_batch_tokens=micro, pass_tokens=2 * micro):
+        outputs = llm.generate(PROMPTS, params)
+        report = llm.last_run
+    assert [output.outputs[0].token_ids for output in outputs] == known.tokens
+    assert 1 <= report.peak_hosted < report.peak_sequences <= len(PROMPTS)
+    assert report.num_passes <= NUM_NEW + 3
+
+
+class Hosted:
+    """Stands where a `Stream` has its store: every sequence's keys and values are in host RAM."""
+
+    def __init__(self, stream: Stream, kernels: Path) -> None:
+        stream.kv.acquire(0, num_tokens=12)
+        stream.run([[(0, 0, 12)]])
+        cost = replace(stream.kv.measure(), block_tokens=SIZE)
+        stream.kv.release(0)
+        device, no_tokens = stream.model.device, replace(cost, token_nbytes=1 << 40)
+        states = KVStore(limit_nbytes=5 * cost.sequence_nbytes, cost=no_tokens, device=device)
+        host = 20 * cost.block_nbytes
+        self.homes = KVHomes(states, cost=cost, host_nbytes=host, device=device, kernel_directory=kernels)
+
+    def __getattr__(self, name: str) -> Any:
+        store: Any = self.homes if name in {"acquire", "release", "check_integrity"} else self.homes._host
+        return getattr(store, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_host_ram_alone_gives_the_logits_of_transformers(
+    name: str, tmp_path: Path, device: str, kernel_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 16 scores at once, keys are copied from there head by head."""
+    monkeypatch.setattr(MicroBatch.__init__, "__defaults__", (16,))
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
+    stream = Stream.open(tmp_path, device=device)
+    stream.kv = Hosted(stream, kernel_directory)
+    with stream.kv.homes:
+        assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4
+
+
+def test_their_layers_run_eagerly_and_nothing_is_compiled_anew(
+    tmp_path: Path, device: str, kernel_directory: Path
+) -> None:
+    save_checkpoint(make_config(FAMILIES["llama"], "llama"), tmp_path)
+    stream = Stream.open(tmp_path, device=device, backend="inductor" if device == "cuda" else "eager")
+    wanted, on_device = reference(tmp_path, device=device), stream.kv
+    stream.kv = Hosted(stream, kernel_directory)
+    counters.clear()
+    with stream.kv.homes:
+        assert worst_error(stream, wanted) <= 1e-4
+    stream.kv = on_device
+    assert worst_error(stream, wanted) <= 1e-4
+    assert not counters["frames"], "a pass has compiled something"
+    assert stream.compiler.report().num_compiled == 1
