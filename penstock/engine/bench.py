@@ -162,7 +162,7 @@ class BenchReport:
             return None if one is None else one.as_dict(self.peaks, self.run.dtype)
 
         run = self.run.as_dict()
-        kept = ("device", "dtype", "layers", "load", "memory", "model_bytes", "peak_sequences", "plan", "reader")
+        kept = ("attention_in_host", "device", "dtype", "layers", "load", "memory", "model_bytes", "peak_sequences")
         return {
             "settings": self.settings,
             "prompt_len": self.workload.prompt_len,
@@ -177,7 +177,7 @@ class BenchReport:
             "forecast": self.forecast.as_dict() if self.forecast else None,
             "parameters": self.flops.parameters if self.flops else None,
             "flops_per_token": self.flops.per_token if self.flops else None,
-            **{name: run[name] for name in kept},
+            **{name: run[name] for name in (*kept, "plan", "reader")},
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
 

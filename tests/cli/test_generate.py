@@ -48,6 +48,20 @@ def test_json_lines_end_with_one_summary(capsys, tiny_llama, tmp_path, device):
     assert summary["tokens_per_second"] == pytest.approx(8 / summary["seconds"])
 
 
+def test_keys_and_values_go_to_host_ram_where_told_to(capsys, tiny_llama, tmp_path, kernel_directory, monkeypatch):
+    monkeypatch.setattr("penstock.cli.options.kernel_directory", lambda: kernel_directory)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt_token_ids": [5 + n] * 50}) for n in range(8)))
+    out, _ = run(
+        capsys, tiny_llama, "--prompts", prompts, "--device-memory", "900KiB", "--host-memory", "2MiB",
+        "--kv-host-memory", "1MiB", "--ignore-eos", "--max-tokens", "16", "--json", "--verify",
+    )  # fmt: skip
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["plan"]["kv_host_nbytes"] == 1 << 20
+    assert summary["attention_in_host"]["peak_sequences"] > 0
+    assert summary["verify"]["equal"] == summary["verify"]["tokens"] == 8 * 16
+
+
 def test_results_go_to_a_file_that_appears_whole(capsys, tmp_path):
     output = tmp_path / "out.jsonl"
     prompts = tmp_path / "prompts.txt"

@@ -69,6 +69,17 @@ def test_rates_and_shares_are_ratios_of_what_is_reported(tiny_llama, checkpoint,
     assert record["decode"]["links"]["nvme_to_host"]["share_of_peak"] is None
 
 
+def test_attention_in_host_ram_has_its_share_of_the_time(tiny_llama, checkpoint, device, kernel_directory):
+    tiers = MemoryTiers(device="900KiB", host="10MiB", kv_host="1MiB")
+    report = bench(tiny_llama, checkpoint, device, tiers, Workload(50, 16, 8), kernel_directory=kernel_directory)
+    record = json.loads(json.dumps(report.as_dict()))
+    assert sum(record["decode"]["time"].values()) == pytest.approx(1)
+    assert record["decode"]["time"]["attention_in_host"] >= 0
+    assert record["attention_in_host"]["peak_sequences"] > 0
+    assert record["attention_in_host"]["busy_seconds"] > 0
+    assert "attention in host" in report.explain()
+
+
 def test_prompts_in_several_passes_and_no_decode(tiny_llama, checkpoint, device):
     tiers = BUDGETS["host"]
     report = bench(tiny_llama, checkpoint, device, tiers, Workload(20, 1, 3), micro_batch_tokens=8, pass_tokens=16)

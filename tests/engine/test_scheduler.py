@@ -7,6 +7,7 @@ from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.errors import BudgetError, RequestError
 from penstock.offload.kv import KVCost, KVStore
+from penstock.offload.tiers import Tier
 
 
 def sequence(number, prompt, new):
@@ -52,6 +53,74 @@ def test_every_token_of_every_sequence_runs_once_and_in_order(jobs, micro, total
     assert all(len(one.output_ids) == one.params.max_tokens for one in sequences)
     assert all(seen[one.number] == one.capacity - 1 for one in sequences), "the last token is never run"
     assert kv.statistics().nbytes == 0
+
+
+class TwoHomes:
+    """Room for so many sequences on the device, and any number in host RAM."""
+
+    def __init__(self, on_device):
+        self.on_device = on_device
+        self.homes = {}
+
+    def prepare(self, lengths):
+        assert not self.homes
+
+    def fits(self, num_tokens):
+        return True
+
+    def check(self, num_tokens, what):
+        pass
+
+    def acquire(self, sequence, *, num_tokens):
+        there = sum(home is Tier.DEVICE for home in self.homes.values())
+        self.homes[sequence] = Tier.DEVICE if there < self.on_device else Tier.HOST
+
+    def home_of(self, sequence):
+        return self.homes[sequence]
+
+    def release(self, sequence):
+        del self.homes[sequence]
+
+
+@given(jobs, st.integers(1, 20), st.integers(1, 60), st.integers(0, 4), st.booleans())
+def test_a_micro_batch_has_one_home_and_host_ram_comes_first(jobs, micro, total, on_device, splits):
+    micro = micro if splits else max(micro, 40)
+    room = TwoHomes(on_device)
+    scheduler = Scheduler(room, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=splits)
+    for number, (prompt, new) in enumerate(jobs):
+        scheduler.add(sequence(number, prompt, new))
+    seen = dict.fromkeys(range(len(jobs)), 0)
+    while (schedule := scheduler.schedule()).micro_batches:
+        order = []
+        decoding = sum(bool(one.output_ids) for one in scheduler.running)
+        if splits:
+            assert schedule.num_tokens <= max(total, decoding)
+        for spans in schedule.micro_batches:
+            (home,) = {room.homes[span.sequence] for span in spans}
+            order.append(home is Tier.DEVICE)
+            assert sum(span.length for span in spans) <= micro
+            for span in spans:
+                assert span.start == seen[span.sequence], "tokens run in order, once"
+                seen[span.sequence] = span.end
+        assert order == sorted(order)
+        for one in scheduler.computed(schedule):
+            one.output_ids.append(7)
+            if one.num_tokens == one.capacity:
+                scheduler.finish(one)
+    assert all(seen[number] == prompt + new - 1 for number, (prompt, new) in enumerate(jobs))
+    assert not room.homes
+
+
+def test_single_tokens_of_host_ram_do_not_share_with_prompts():
+    room = TwoHomes(on_device=1)
+    scheduler = Scheduler(room, micro_batch_tokens=16, pass_tokens=30, splits_prompts=True)
+    for number in range(3):
+        scheduler.add(sequence(number, 3, 5))
+    for one in scheduler.computed(scheduler.schedule()):
+        one.output_ids.append(1)
+    scheduler.add(sequence(3, 9, 5))
+    batches = [[span.sequence for span in spans] for spans in scheduler.schedule().micro_batches]
+    assert batches == [[1, 2], [3], [0]]
 
 
 def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():

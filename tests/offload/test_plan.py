@@ -89,6 +89,36 @@ def test_what_may_be_left_on_disk_is_a_limit_too():
     assert "Give the host" in str(caught.value)
 
 
+def test_keys_and_values_in_host_ram_come_before_layers_there():
+    plain = make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=200), LIMITS)
+    made = make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=200, kv_host=120), LIMITS)
+    assert (plain.kv_host_nbytes, plain.host_nbytes) == (0, 200)
+    assert (made.kv_host_nbytes, made.host_nbytes) == (120, 50)
+    assert "host    1 layers, 50 B; keys and values 120 B" in made.explain()
+    assert made.as_dict()["kv_host_nbytes"] == 120
+    assert "keys and values" not in plain.explain().splitlines()[1]
+
+
+@given(shapes, st.integers(0, 100_000), st.integers(0, 10_000), st.integers(0, 10_000))
+def test_the_host_budget_is_for_layers_and_keys_together(shape, device, host, kv_host):
+    try:
+        made = make_plan(shape, MemoryTiers(device=device, host=host, kv_host=kv_host), LIMITS)
+    except BudgetError:
+        return
+    assert made.kv_host_nbytes == kv_host
+    assert made.host_nbytes + kv_host <= host
+    assert made.device_nbytes <= device
+    if kv_host:
+        parked = shape.workspace_nbytes * made.micro_batch_tokens
+        scores = plan.SCORE_NBYTES * made.max_scores
+        assert made.workspace_nbytes == shape.workspace_of(made.micro_batch_tokens, made.pass_tokens) + parked + scores
+
+
+def test_more_keys_and_values_than_host_memory_are_refused():
+    with pytest.raises(BudgetError, match=r"wanted at most 100 B, got 101 B\. Raise the host memory"):
+        make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=100, kv_host=101), LIMITS)
+
+
 def test_a_plan_explains_itself():
     made = make_plan(shape(), MemoryTiers(device=SCORES + 800, host=100), LIMITS)
     text = made.explain()

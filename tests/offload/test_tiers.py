@@ -44,6 +44,7 @@ def test_sizes_for_people():
 
 def test_tiers_hold_bytes_and_cannot_be_changed():
     tiers = MemoryTiers(device="1GiB", host=5)
-    assert (tiers.device, tiers.host, tiers.nvme) == (2**30, 5, None)
+    assert (tiers.device, tiers.host, tiers.nvme, tiers.kv_host) == (2**30, 5, None, None)
+    assert MemoryTiers(kv_host="1KiB").kv_host == 1024
     with pytest.raises(AttributeError):
         tiers.host = 6
