@@ -38,6 +38,10 @@ __all__ = ["StreamStatistics", "WeightStream"]
 
 _LAYERS = "layers"
 
+_PIECE_NBYTES = 16 << 20
+"""Layers travel in such pieces where attention in host RAM sends small results over the same link: each may have to
+wait for a piece, never for a layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
@@ -98,7 +102,7 @@ class WeightStream:
         self._resident_layout = resident
         self._device = device
         self._trace = trace
-        self._copies = copies_for(device, trace)
+        self._copies = copies_for(device, trace, piece_nbytes=_PIECE_NBYTES if plan.kv_host_nbytes else None)
         self._watch = Stopwatch(self._copies.clock, trace)
         self._entered: Any = None
         self._moved = 0

@@ -1,10 +1,14 @@
 """On CUDA, nothing inside a pass waits for the device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.executor import Executor
+from penstock.offload.blocks import BLOCK_TOKENS
+from penstock.offload.plan import make_plan
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -12,9 +16,19 @@ pytestmark = [
 ]
 
 
+def few_on_the_device(shape, *limits):
+    """Leave the device room for four blocks of keys and values."""
+    nbytes = 8 * shape.kv_sequence_nbytes + 4 * BLOCK_TOKENS * shape.kv_token_nbytes
+    return replace(make_plan(shape, *limits), kv_nbytes=nbytes)
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [64, 7])
-def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens):
-    """The first run compiles kernels and fills caches; the second is watched. Tokens are chosen outside of passes."""
+@pytest.mark.parametrize("hosted", [False, True])
+def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens, hosted, kernel_directory):
+    """The first run compiles kernels and fills caches; the second is watched. Tokens are chosen outside of passes.
+
+    What waits for attention in host RAM waits for another thread.
+    """
     prompts = [[5 + number] * length for number, length in enumerate((1, 40, 9, 3, 90))]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (20, 3, 9, 14, 6)]
     passes = []
@@ -29,11 +43,15 @@ def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_
         passes.append(max(span.length for batch, _ in batches for span in batch.spans))
         return result
 
-    tiers = MemoryTiers(device="40MiB", host=0)
-    with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", micro_batch_tokens=micro_batch_tokens) as llm:
+    tiers = MemoryTiers(device="40MiB", host="4MiB" if hosted else 0, kv_host="4MiB" if hosted else 0)
+    if hosted:
+        monkeypatch.setattr("penstock.engine.llm.make_plan", few_on_the_device)
+    options = {"micro_batch_tokens": micro_batch_tokens, "kernel_directory": kernel_directory}
+    with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", **options) as llm:
         first = llm.generate(prompts, params)
         monkeypatch.setattr(Executor, "run_pass", watched)
         second = llm.generate(prompts, params)
     assert [one.outputs for one in first] == [one.outputs for one in second]
+    assert (llm.last_run.peak_hosted > 0) == hosted
     assert min(passes) == 1
     assert max(passes) > 1

@@ -1,12 +1,14 @@
 """What a long prompt really takes stays within what was planned for it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.rehearsal import _Watch
+from penstock.offload.plan import make_plan
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "vocab_size": 257, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -14,15 +16,38 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral"])
-def test_attention_over_a_long_prompt_stays_within_its_workspace(tmp_path, family):
+def save(path, family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(family, **SHAPE, **({} if family == "llama" else {"sliding_window": 1500}))
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    assert json.loads((path / "config.json").read_text())["model_type"] == family
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral"])
+def test_attention_over_a_long_prompt_stays_within_its_workspace(tmp_path, family):
+    save(tmp_path, family)
     with LLM(tmp_path, tiers=MemoryTiers(device="32MiB", host=0), device="cpu") as llm:
         logits = llm._kv._cost.sequence_nbytes  # keys and values have their memory already
         with _Watch() as watch:
             llm.generate([[5 + n % 200 for n in range(5000)]], SamplingParams(max_tokens=1, temperature=0))
+        assert watch.peak <= llm.plan.workspace_nbytes + logits
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_so_does_attention_over_keys_in_host_ram(tmp_path, family, monkeypatch, kernel_directory):
+    """A chunk of a prompt needs the keys of those before it."""
+
+    def nothing_on_the_device(shape, *limits):
+        return replace(make_plan(shape, *limits), kv_nbytes=2 * shape.kv_sequence_nbytes)
+
+    monkeypatch.setattr("penstock.engine.llm.make_plan", nothing_on_the_device)
+    save(tmp_path, family)
+    tiers = MemoryTiers(device="32MiB", host="16MiB", kv_host="8MiB")
+    with LLM(tmp_path, tiers=tiers, device="cpu", kernel_directory=kernel_directory) as llm:
+        logits = 2 * llm._kv._cost.sequence_nbytes
+        prompts = [[5 + n % 200 for n in range(5000)], [6] * 30]
+        with _Watch() as watch:
+            llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        assert llm.last_run.peak_hosted == 2
         assert watch.peak <= llm.plan.workspace_nbytes + logits
