@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.batch import MicroBatch
+from penstock.engine.model import hosted
 from penstock.offload.homes import KVHomes
 from penstock.offload.kv import KVStore
 
@@ -173,6 +175,23 @@ def test_host_ram_alone_gives_the_logits_of_transformers(
     stream.kv = Hosted(stream, kernel_directory)
     with stream.kv.homes:
         assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("bloom", "scores have a bias"), ("llama4_text", "keys are seen in chunks")]
+)
+def test_what_the_kernel_cannot_do_is_said_once(
+    name: str, reason: str, tmp_path: Path, device: str, kernel_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "penstock.engine")
+    hosted._say_once.cache_clear()
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
+    stream = Stream.open(tmp_path, device=device)
+    stream.kv = Hosted(stream, kernel_directory)
+    with stream.kv.homes:
+        worst_error(stream, reference(tmp_path, device=device))
+    said = [record.getMessage() for record in caplog.records if "copied to the device" in record.getMessage()]
+    assert said == [f"keys and values in host RAM are copied to the device for attention: {reason}"]
 
 
 def test_their_layers_run_eagerly_and_nothing_is_compiled_anew(
