@@ -99,7 +99,7 @@ LONGEST = -(-(len(PROMPTS[-1]) + NUM_NEW) // SIZE)
 requests = st.lists(st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(1, NUM_NEW)), min_size=1, max_size=8)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     requests,
     st.integers(LONGEST, 3 * LONGEST),
