@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, and every control group's that encloses it.
+"""How much memory this process may still take, and how many cores: the machine's, and every control group's around it.
 
 In a container /proc/meminfo is the host's, so the control groups are asked too: version 2 (`memory.max`, `memory.high`)
 and version 1 (`memory.limit_in_bytes`). File pages count as free, because the kernel gives them up under pressure;
@@ -7,12 +7,13 @@ tmpfs pages do not, which is why the LRU counters are added up instead of taking
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-__all__ = ["available_memory", "memory_limit"]
+__all__ = ["available_cores", "available_memory", "memory_limit"]
 
 _FILESYSTEM_ROOT = Path("/")
 
@@ -35,8 +36,24 @@ def memory_limit(*, root: Path = _FILESYSTEM_ROOT) -> int | None:
     return min((limit for group in _groups(root) for limit in _limits(group)), default=None)
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """Yield the directories of this process's memory control groups and of all that enclose them.
+def available_cores(*, root: Path = _FILESYSTEM_ROOT) -> int:
+    """Return how many threads can run at once: those that the scheduler allows, and every control group's quota."""
+    quotas = (quota for group in _groups(root, "cpu") if (quota := _quota(group)) is not None)
+    return max(int(min(len(os.sched_getaffinity(0)), *quotas, 1 << 20)), 1)
+
+
+def _quota(group: Path) -> float | None:
+    """Return the cores whose time a control group may take, or None when it sets no limit."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        known = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
+        return known[0] / known[1] if known[0] and known[1] else None
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+
+def _groups(root: Path, controller: str = "memory") -> Iterator[Path]:
+    """Yield the directories of this process's control groups for memory, or else, and of all that enclose them.
 
     Inside a container the path in /proc/self/cgroup may be the host's, of which only the end or nothing is mounted;
     directories that are not there are skipped, and the mount's root is always looked at.
@@ -50,8 +67,8 @@ def _groups(root: Path) -> Iterator[Path]:
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
             bases = [mounts, mounts / "unified"]
-        elif "memory" in controllers.split(","):
-            bases = [mounts / "memory", mounts / controllers]
+        elif controller in controllers.split(","):
+            bases = [mounts / controller, mounts / controllers]
         else:
             continue
         inner = Path(path.lstrip("/"))

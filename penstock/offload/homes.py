@@ -7,7 +7,6 @@ is in the device's store too, with room for no tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import BudgetError
+from penstock.io.limits import available_cores
 from penstock.io.memory import HostMemory
 from penstock.kernels.paged_cpu import load_attend_paged
 from penstock.offload.blocks import KVCost
@@ -85,7 +85,7 @@ class KVHomes:
             states=self._device,
             device=device,
             attend=load_attend_paged(directory),
-            num_threads=max(len(os.sched_getaffinity(0)) - OTHER_THREADS, 1),
+            num_threads=max(available_cores() - OTHER_THREADS, 1),
             trace=trace,
         )
         cleanup.callback(host.close)

@@ -1,7 +1,9 @@
+import os
+
 import psutil
 import pytest
 
-from penstock.io.limits import available_memory
+from penstock.io.limits import available_cores, available_memory
 
 MIB = 1 << 20
 
@@ -78,3 +80,22 @@ def test_without_proc(tmp_path):
 
 def test_here():
     assert 0 < available_memory() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "cores"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "250000 100000\n"}, 2),
+        ("0::/a\n", {"a/cpu.max": "max 100000\n"}, 99),
+        ("0::/a\n", {"a/cpu.max": "5000 100000\n"}, 1),
+        ("0::/a\n", {"a/cpu.max": "what"}, 99),
+        ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "300000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 3),
+        ("4:cpu,cpuacct:/x\n", {"cpu,cpuacct/x/cpu.cfs_quota_us": "-1\n"}, 99),
+        ("4:memory:/x\n", {"memory/x/cpu.max": "100000 100000\n"}, 99),
+        ("", {}, 99),
+    ],
+)
+def test_a_control_group_may_allow_fewer_cores(tmp_path, monkeypatch, cgroup, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(99))
+    write_tree(tmp_path, cgroup, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert available_cores(root=tmp_path) == cores

@@ -35,7 +35,9 @@ def attend_hosted(query: Tensor, kept: HostRows, rule: Rule) -> Tensor:
     places, scores = kept.places, CURRENT.get().max_scores
     rule = _without_chunks(rule, max(places.ends))
     made = query.new_empty((query.shape[1], query.shape[0], kept.value_size))
-    count = places.singles.count if _runs_beside(rule) else 0
+    count = places.singles.count
+    if count and not _runs_beside(rule):
+        count = 0
     beside = kept.home.attend(kept, query[:, :count].transpose(0, 1), rule) if count else None
     rest = range(count, len(places.ends))
     late = [index for index in rest if kept.known(index)]
