@@ -104,7 +104,7 @@ class _Blocks:
         self._left = limit_nbytes - self._blocks * cost.block_nbytes
         self._held: dict[Hashable, int] = {}
 
-    def prepare(self, lengths: Items[int]) -> None:
+    def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
         pass
 
     def fits(self, num_tokens: int) -> bool:
@@ -122,6 +122,14 @@ class _Blocks:
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         self._held[sequence] = blocks = self._cost.blocks_of(num_tokens)
         self._blocks -= blocks
+
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        more = max(self._cost.blocks_of(num_tokens) - self._held[sequence], 0)
+        if more > self._blocks:
+            return False
+        self._held[sequence] += more
+        self._blocks -= more
+        return True
 
     def release(self, sequence: Hashable) -> None:
         self._blocks += self._held.pop(sequence)
@@ -155,7 +163,7 @@ def forecast(
 
 
 def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
-    params = SamplingParams()
+    params = SamplingParams(ignore_eos=True)  # their lengths are known
     for number, length in enumerate(lengths):
         yield Sequence(number, None, (0,) * length.prompt, params, length.prompt + length.generated)
 

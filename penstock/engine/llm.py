@@ -421,6 +421,8 @@ class LLM:
             first_token_seconds=generation.first_token_seconds,
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
+            num_preemptions=generation.num_preemptions,
+            recomputed_tokens=generation.recomputed_tokens,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,

@@ -57,7 +57,10 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands after a pass; `schedule` is that pass. Of requests from an iterator, those that were read."""
+    """Where a run stands after a pass; `schedule` is that pass. Of requests from an iterator, those that were read.
+
+    `recomputed_tokens` went through the model again, after sequences were preempted; no other number counts them.
+    """
 
     num_requests: int
     num_finished: int
@@ -65,6 +68,8 @@ class Progress:
     prompt_tokens: int
     generated_tokens: int
     expected_tokens: int
+    num_preemptions: int
+    recomputed_tokens: int
     seconds: float
     schedule: Schedule
     traffic: Traffic
@@ -81,7 +86,9 @@ class RunReport:
 
     `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
-    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began.
+    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way
+    to older ones `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number
+    counts them.
     """
 
     num_requests: int
@@ -93,6 +100,8 @@ class RunReport:
     first_token_seconds: float
     load_bytes: int
     peak_sequences: int
+    num_preemptions: int
+    recomputed_tokens: int
     peak_process_nbytes: int
     peak_device_nbytes: int
     model_nbytes: int
@@ -150,6 +159,8 @@ class RunReport:
             },
             "model_bytes": self.model_nbytes,
             "peak_sequences": self.peak_sequences,
+            "preemptions": self.num_preemptions,
+            "recomputed_tokens": self.recomputed_tokens,
             "device": self.device,
             "dtype": self.dtype,
         }
@@ -169,6 +180,11 @@ class RunReport:
             f"layer code     {self.compilation.explain()}",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
+        if self.num_preemptions:
+            lines.append(
+                f"preempted      {self.num_preemptions} times a sequence gave its memory to an older one; "
+                f"{self.recomputed_tokens} tokens went through the model again"
+            )
         if self.forecast:
             lines.append(f"plan           {self.forecast.explain()}")
         return "\n".join(lines)

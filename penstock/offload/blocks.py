@@ -15,6 +15,9 @@ BLOCK_TOKENS = 16
 """Tokens in a block: few enough that the last one of a sequence wastes little, and a multiple of 16 keeps every
 layer's part of the pool at an address that vector loads like."""
 
+SPARE = 32
+"""To leave too much for sequences that end early costs this part of the blocks; too little, most of the gain."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVCost:
@@ -37,18 +40,26 @@ class KVCost:
         """Bytes that a sequence of `num_tokens` tokens needs."""
         return self.sequence_nbytes + self.block_nbytes * self.blocks_of(num_tokens)
 
-    def divide(self, nbytes: int, lengths: Sequence[int]) -> int:
+    def divide(self, nbytes: int, lengths: Sequence[int], *, least: Sequence[int] = ()) -> int:
         """Return how many blocks to make of `nbytes` bytes, for sequences of these lengths.
 
         What is left is what so many sequences need besides their blocks. The longest of them fits, if it fits at all.
+        Where they may end sooner, with the `least` lengths, there will be more of them at once, and one part in
+        `SPARE` may be left for that.
         """
         if not self.block_nbytes:
             return 0
         blocks = [self.blocks_of(length) for length in lengths]
-        mean = self.sequence_nbytes + self.block_nbytes * sum(blocks) / len(blocks)
-        num_sequences = max(int(nbytes / mean), 1)
+        num_sequences = max(self._at_once(nbytes, blocks), 1)
+        if least and self.sequence_nbytes:
+            more = self._at_once(nbytes, [self.blocks_of(length) for length in least])
+            num_sequences = max(num_sequences, min(more, nbytes // (SPARE * self.sequence_nbytes)))
         wanted = max((nbytes - num_sequences * self.sequence_nbytes) // self.block_nbytes, *blocks)
         return max(min(wanted, (nbytes - self.sequence_nbytes) // self.block_nbytes), 0)
+
+    def _at_once(self, nbytes: int, blocks: Sequence[int]) -> int:
+        """Return how many sequences with so many blocks fit, if they are as long as these on average."""
+        return int(nbytes / (self.sequence_nbytes + self.block_nbytes * sum(blocks) / len(blocks)))
 
 
 class BlockAllocator:

@@ -4,8 +4,8 @@ Keys and values lie in blocks of a few tokens. All layers share one allocation, 
 sequence has the same blocks in every layer. So where a micro-batch's tokens are is found once (`Places`), and a layer
 stores them all with one indexed copy.
 
-A sequence reserves blocks for all of its tokens before it starts and gives them back when it ends, so a running
-sequence can never run out of memory.
+A sequence reserves blocks for so many tokens when it starts, may ask for more while it runs, and gives all back when it
+ends or gives way to another one. Within what it has reserved it never waits for memory.
 """
 
 from __future__ import annotations
@@ -160,13 +160,17 @@ class KVStore:
         self._closed = False
         self.prepare((TYPICAL_TOKENS,))
 
-    def prepare(self, lengths: Sequence[int]) -> None:
-        """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so."""
+    def prepare(self, lengths: Sequence[int], *, least: Sequence[int] = ()) -> None:
+        """Divide the limit for sequences of these lengths, none of which is running yet, unless it nearly is.
+
+        They may be known to have `least` tokens only, as in `KVCost.divide`.
+        """
         if self._limit is None or not lengths or self._sequences or self._closed:
             return
-        wanted = self._cost.divide(self._limit, lengths)
+        wanted = self._cost.divide(self._limit, lengths, least=least)
         there = self._allocator.num_blocks
-        if there >= max(map(self._blocks_of, lengths)) and abs(wanted - there) * 10 <= there:
+        left, wanted_left = (self._limit - blocks * self._cost.block_nbytes for blocks in (there, wanted))
+        if there >= max(map(self._blocks_of, lengths)) and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
             return
         self._layers.clear()
         self._pool, self._carved = None, 0  # before the next one is made
@@ -194,7 +198,7 @@ class KVStore:
             )
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        """Reserve room for a sequence of at most `num_tokens` tokens, for which `fits` has said yes."""
+        """Reserve room for a sequence of `num_tokens` tokens, for which `fits` has said yes."""
         if self._closed:
             raise ClosedError("the store of keys and values is closed")
         assert sequence not in self._sequences, f"{sequence!r} is already running"
@@ -209,6 +213,30 @@ class KVStore:
         self._sequences[sequence] = _Sequence(num_tokens, reserved, blocks, _leading_run(blocks))
         self._reserved += reserved
         self._peak = max(self._peak, self._reserved)
+
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        """Reserve more for a sequence: `num_tokens` tokens in all. False, and no more, if too few blocks are free."""
+        entry = self._sequences[sequence]
+        count = self._blocks_of(num_tokens) - len(entry.blocks)
+        if count > 0 and not self._add_blocks(entry, count):
+            return False
+        if num_tokens > entry.capacity:
+            reserved = self._cost.of(num_tokens)
+            self._reserved += reserved - entry.reserved
+            self._peak = max(self._peak, self._reserved)
+            entry.capacity, entry.reserved = num_tokens, reserved
+        return True
+
+    def _add_blocks(self, entry: _Sequence, count: int) -> bool:
+        if self._limit is None:
+            self._allocator.grow(self._allocator.num_blocks + count - self._allocator.num_free)
+        if count > self._allocator.num_free:
+            return False
+        last = int(entry.blocks[-1]) if len(entry.blocks) else None
+        more = np.array(self._allocator.allocate(count, after=last), np.int32)
+        entry.blocks = np.concatenate((entry.blocks, more))
+        entry.run = _leading_run(entry.blocks)
+        return True
 
     def _blocks_of(self, num_tokens: int) -> int:
         keeps_nothing = self._limit is not None and self._cost.token_nbytes == 0
