@@ -15,7 +15,7 @@ BLOCK_TOKENS = 16
 """Tokens in a block: few enough that the last one of a sequence wastes little, and a multiple of 16 keeps every
 layer's part of the pool at an address that vector loads like."""
 
-SPARE = 32
+SPARE = 16
 """To leave too much for sequences that end early costs this part of the blocks; too little, most of the gain."""
 
 

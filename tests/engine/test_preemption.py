@@ -1,5 +1,6 @@
 """Sequences that start with what they are expected to need, grow, and give way: schedules without a model."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -221,3 +222,26 @@ def test_a_sequence_longer_than_the_pool_gets_the_memory_when_it_is_alone():
     run = Run(every, kv, micro_batch_tokens=64, pass_tokens=64, splits_prompts=True).finish()
     check(run)
     assert run.starts[8] == 2, "it outgrew the pool, and came back when that had been divided for it"
+
+
+def calls_of_passes(num_waiting):
+    """Count the calls that 20 passes make with so many sequences in the queue, growth and preemption among them."""
+    scheduler = Scheduler(store(60), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True)
+    for number in range(num_waiting):
+        scheduler.add(Job(4, 40, 30).sequence(number))
+    for _ in range(10):
+        scheduler._expectation.finished(1, most=40)
+    calls = Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        for _ in range(20):
+            for sequence in scheduler.computed(scheduler.schedule()):
+                sequence.output_ids.append(7)
+    finally:
+        sys.setprofile(None)
+    assert scheduler.num_preemptions
+    return calls
+
+
+def test_a_pass_does_the_same_work_however_many_wait():
+    assert calls_of_passes(10_000) == calls_of_passes(2_000)
