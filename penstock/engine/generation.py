@@ -17,6 +17,7 @@ from penstock.engine.report import Progress, Traffic
 from penstock.engine.sampler import Sampler, Token, check_finite
 from penstock.engine.scheduler import Schedule, Scheduler
 from penstock.engine.sequence import Sequence
+from penstock.offload.groups import KVGroups
 from penstock.offload.kv import KVStore
 
 __all__ = ["Generation"]
@@ -36,7 +37,7 @@ class Generation:
         *,
         model: StreamedModel,
         executor: Executor,
-        kv: KVStore,
+        kv: KVStore | KVGroups,
         scheduler: Scheduler,
         sampler: Sampler,
         tokenizer: Tokenizer | None,

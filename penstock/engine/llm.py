@@ -48,10 +48,10 @@ from penstock.errors import (
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
-from penstock.offload.blocks import BLOCK_TOKENS, KVCost
+from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine
+from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
-from penstock.offload.kv import KVStore
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -141,9 +141,10 @@ class LLM:
         ):
             if asked is not None and fits < asked:
                 logger.warning("%s of %d tokens do not fit the budget, %d do", what, asked, fits)
-        self._kv = KVStore(
+        self._kv = open_kv(
             limit_nbytes=self.plan.kv_nbytes,
             cost=self._kv_cost,
+            windows={layer.layer: layer.window for layer in self._shape.kv_windows},
             device=self._device,
         )
         with ExitStack() as cleanup:
@@ -233,7 +234,7 @@ class LLM:
 
     @property
     def _kv_cost(self) -> KVCost:
-        return KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS)
+        return self._shape.kv_cost
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)

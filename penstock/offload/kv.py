@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.errors import BudgetError, ClosedError
+from penstock.errors import ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
 
 __all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
@@ -172,10 +172,22 @@ class KVStore:
         left, wanted_left = (self._limit - blocks * self._cost.block_nbytes for blocks in (there, wanted))
         if there >= max(map(self._blocks_of, lengths)) and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
             return
-        self._layers.clear()
-        self._pool, self._carved = None, 0  # before the next one is made
+        self.limit(self._limit)  # the old pool goes before the next one is made
         self._pool = torch.empty(wanted * self._cost.block_nbytes, dtype=torch.uint8, device=self._device)
         self._allocator = BlockAllocator(wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self._allocator.num_blocks * self._cost.block_nbytes
+
+    def limit(self, nbytes: int) -> None:
+        """Give the blocks back and set another limit; `prepare` then divides it. No sequence may be running."""
+        assert not self._sequences, "blocks that are in use stay"
+        self._limit = nbytes
+        self._layers.clear()
+        self._pool, self._carved = None, 0
+        self._allocator = BlockAllocator()
 
     def fits(self, num_tokens: int) -> bool:
         """Say whether a sequence of `num_tokens` tokens can be acquired now."""
@@ -189,13 +201,8 @@ class KVStore:
 
     def check(self, num_tokens: int, what: str = "a sequence") -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens can never be acquired."""
-        if self._limit is not None and self._cost.of(num_tokens) > self._limit:
-            raise BudgetError(
-                f"no room for the keys and values of {what} ({num_tokens} tokens)",
-                wanted=f"{self._cost.of(num_tokens)} bytes",
-                got=f"{self._limit} bytes in all",
-                fix="Give the device more memory, or ask for fewer tokens.",
-            )
+        if self._limit is not None:
+            self._cost.check(self._limit, num_tokens, what)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         """Reserve room for a sequence of `num_tokens` tokens, for which `fits` has said yes."""
@@ -216,10 +223,10 @@ class KVStore:
 
     def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
         """Reserve more for a sequence: `num_tokens` tokens in all. False, and no more, if too few blocks are free."""
-        entry = self._sequences[sequence]
-        count = self._blocks_of(num_tokens) - len(entry.blocks)
-        if count > 0 and not self._add_blocks(entry, count):
+        if not self.can_extend(sequence, num_tokens=num_tokens):
             return False
+        entry = self._sequences[sequence]
+        self._add_blocks(entry, self._blocks_of(num_tokens) - len(entry.blocks))
         if num_tokens > entry.capacity:
             reserved = self._cost.of(num_tokens)
             self._reserved += reserved - entry.reserved
@@ -227,16 +234,20 @@ class KVStore:
             entry.capacity, entry.reserved = num_tokens, reserved
         return True
 
-    def _add_blocks(self, entry: _Sequence, count: int) -> bool:
+    def can_extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        """Say whether `extend` would find enough."""
+        count = self._blocks_of(num_tokens) - len(self._sequences[sequence].blocks)
+        return self._limit is None or count <= self._allocator.num_free
+
+    def _add_blocks(self, entry: _Sequence, count: int) -> None:
+        if count <= 0:
+            return
         if self._limit is None:
             self._allocator.grow(self._allocator.num_blocks + count - self._allocator.num_free)
-        if count > self._allocator.num_free:
-            return False
         last = int(entry.blocks[-1]) if len(entry.blocks) else None
         more = np.array(self._allocator.allocate(count, after=last), np.int32)
         entry.blocks = np.concatenate((entry.blocks, more))
         entry.run = _leading_run(entry.blocks)
-        return True
 
     def _blocks_of(self, num_tokens: int) -> int:
         keeps_nothing = self._limit is not None and self._cost.token_nbytes == 0
@@ -254,7 +265,7 @@ class KVStore:
         used = [-(-end // size) for end in ends]
         table = np.zeros((len(spans), max(used)), np.int32)
         for row, entry, count in zip(table, entries, used, strict=True):
-            row[:count] = entry.blocks[:count]
+            row[:count] = np.resize(entry.blocks, count)  # in layers with a window, blocks come again
         lengths = np.subtract(ends, starts)
         offsets = [0, *np.cumsum(lengths).tolist()]
         positions = np.arange(offsets[-1]) - np.repeat(np.subtract(offsets[:-1], starts), lengths)
@@ -321,9 +332,16 @@ class KVStore:
         self._allocator.release(entry.blocks.tolist())
         self._reserved -= entry.reserved
 
+    def layer_nbytes(self) -> dict[int, int]:
+        """Return what each layer keeps of a token."""
+        return {
+            layer: sum(prod(kept.shape[2:]) * kept.element_size() for kept in blocks)
+            for layer, blocks in self._layers.items()
+        }
+
     def measure(self) -> KVCost:
         """Return what a sequence really costs, from what the layers and the running sequences have stored so far."""
-        tokens = sum(prod(kept.shape[2:]) * kept.element_size() for blocks in self._layers.values() for kept in blocks)
+        tokens = sum(self.layer_nbytes().values())
         states = (sum(nbytes for _, nbytes in entry.states.values()) for entry in self._sequences.values())
         return KVCost(tokens, max(states, default=0), self._cost.block_tokens)
 

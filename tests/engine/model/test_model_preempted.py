@@ -9,7 +9,7 @@ from tiny_models import make_config, save_checkpoint
 
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.expectation import Expectation
-from penstock.offload.kv import KVStore
+from penstock.offload.groups import open_kv
 
 MODELS = ["llama", "gemma3_text", "lfm2"]
 """Full attention; windows of 5 tokens; short convolutions, whose states make prompts stay whole."""
@@ -55,7 +55,12 @@ def _greedy(model, prompt):
 def squeeze(llm, num_blocks):
     """Leave room for so many blocks, and for what sequences keep besides them."""
     cost = llm._kv_cost
-    kv = KVStore(limit_nbytes=num_blocks * cost.block_nbytes + 6 * cost.sequence_nbytes, cost=cost, device=llm._device)
+    kv = open_kv(
+        limit_nbytes=sum(num_blocks * part.block_nbytes for part in cost.parts().values()) + 6 * cost.sequence_nbytes,
+        cost=cost,
+        windows={layer.layer: layer.window for layer in llm._shape.kv_windows},
+        device=llm._device,
+    )
     llm._kv.close()
     llm._kv = kv
 
