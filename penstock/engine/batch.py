@@ -6,11 +6,12 @@ from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from penstock.offload.groups import KVGroups
     from penstock.offload.host_kv import HostKV
-    from penstock.offload.kv import KVStore, Places
+    from penstock.offload.kv import KVStore
 
 __all__ = ["CURRENT", "MicroBatch", "Span"]
 
@@ -34,12 +35,14 @@ class MicroBatch:
     """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
 
     `kv` is the store of the home that all of its sequences have. `max_scores` bounds the attention scores that are in
-    memory at once.
+    memory at once. Attention notes in `windows`, where there is one, how many tokens of what a layer keeps are seen;
+    None for all of them.
     """
 
     spans: tuple[Span, ...]
-    kv: KVStore | HostKV
+    kv: KVStore | KVGroups | HostKV
     max_scores: int = 1 << 24
+    windows: dict[int, int | None] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,9 +55,15 @@ class MicroBatch:
         return self.kv.parks
 
     @cached_property
-    def places(self) -> Places:
-        """Where its tokens are in the store: found once, when the first layer asks."""
+    def places(self) -> Any:
+        """Where its tokens are in the store: found once, when the first layer asks; for that store's own methods."""
         return self.kv.locate(self.spans)
+
+    def note_window(self, layer: int, window: int | None) -> None:
+        """Note that attention sees so many tokens of what a layer keeps; the most counts."""
+        if self.windows is not None:
+            known = self.windows.get(layer, 0)
+            self.windows[layer] = None if known is None or window is None else max(known, window)
 
 
 CURRENT: ContextVar[MicroBatch] = ContextVar("penstock_micro_batch")

@@ -13,7 +13,6 @@ from penstock.engine.flops import ModelFlops
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
-from penstock.errors import BudgetError
 from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
@@ -95,40 +94,46 @@ class Forecast:
         }
 
 
-class _Blocks:
+class _Bytes:
     """The room that a store of keys and values would have, in numbers."""
 
     def __init__(self, limit_nbytes: int, cost: KVCost, lengths: list[int]) -> None:
         self._cost = cost
         self._limit = limit_nbytes
-        self._blocks = cost.divide(limit_nbytes, lengths)
-        self._left = limit_nbytes - self._blocks * cost.block_nbytes
+        self._besides = cost.besides(limit_nbytes, lengths)
+        self._free = limit_nbytes - self._besides
         self._held: dict[Hashable, int] = {}
 
-    def prepare(self, lengths: Items[int]) -> None:
+    def _nbytes(self, num_tokens: int) -> int:
+        return self._cost.of(num_tokens) - self._cost.sequence_nbytes
+
+    def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
         pass
 
-    def fits(self, num_tokens: int) -> bool:
+    def fits(self, num_tokens: int, *, most: int) -> bool:  # noqa: ARG002
         besides = (len(self._held) + 1) * self._cost.sequence_nbytes
-        return besides <= self._left and self._cost.blocks_of(num_tokens) <= self._blocks
+        return besides <= self._besides and self._nbytes(num_tokens) <= self._free
 
     def check(self, num_tokens: int, what: str) -> None:
-        if self._cost.of(num_tokens) > self._limit:
-            raise BudgetError(
-                f"no room for the keys and values of {what} ({num_tokens} tokens)",
-                wanted=f"{self._cost.of(num_tokens)} bytes",
-                got=f"{self._limit} bytes in all",
-            )
+        self._cost.check(self._limit, num_tokens, what)
 
-    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        self._held[sequence] = blocks = self._cost.blocks_of(num_tokens)
-        self._blocks -= blocks
+    def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:  # noqa: ARG002
+        self._held[sequence] = nbytes = self._nbytes(num_tokens)
+        self._free -= nbytes
+
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        more = max(self._nbytes(num_tokens) - self._held[sequence], 0)
+        if more > self._free:
+            return False
+        self._held[sequence] += more
+        self._free -= more
+        return True
 
     def home_of(self, sequence: Hashable) -> Tier:  # noqa: ARG002
         return Tier.DEVICE
 
     def release(self, sequence: Hashable) -> None:
-        self._blocks += self._held.pop(sequence)
+        self._free += self._held.pop(sequence)
 
 
 def forecast(
@@ -146,7 +151,7 @@ def forecast(
     Raises ProfileError for a rate that is not known, BudgetError for a request that can never run.
     """
     every = list(lengths)
-    room = _Blocks(plan.kv_nbytes, cost, [length.prompt + length.generated for length in every])
+    room = _Bytes(plan.kv_nbytes, cost, [length.prompt + length.generated for length in every])
     scheduler = Scheduler(
         room,
         micro_batch_tokens=plan.micro_batch_tokens,
@@ -159,7 +164,7 @@ def forecast(
 
 
 def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
-    params = SamplingParams()
+    params = SamplingParams(ignore_eos=True)  # their lengths are known
     for number, length in enumerate(lengths):
         yield Sequence(number, None, (0,) * length.prompt, params, length.prompt + length.generated)
 

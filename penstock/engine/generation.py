@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Generation:
         self.num_passes = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.recomputed_tokens = 0
         self.peak_sequences = 0
         self.peak_hosted = 0
         self.first_token_seconds = 0.0
@@ -107,9 +109,9 @@ class Generation:
         logits = self._executor.run_pass([self._forward(spans, scores) for spans in schedule.micro_batches])
         self.num_passes += 1
         self._homes.check_integrity()
+        self._count_tokens(schedule)
         whole = self._scheduler.computed(schedule)
         ready = [sequence for sequence in whole if not sequence.targets]
-        self.prompt_tokens += schedule.num_tokens - sum(len(s.output_ids) > 0 for s in ready)
         self._take_scores(scores)
         for sequence in whole:
             if sequence.targets:
@@ -122,6 +124,19 @@ class Generation:
                 self._append(sequence, token)
             self.generated_tokens += len(ready)
         return whole
+
+    def _count_tokens(self, schedule: Schedule) -> None:
+        """Add up prompt tokens, and tokens that have gone through the model before."""
+        for span in chain.from_iterable(schedule.micro_batches):
+            sequence = self._scheduler[span.sequence]
+            first = min(max(sequence.num_repeated, span.start), span.end)
+            self.recomputed_tokens += first - span.start
+            self.prompt_tokens += max(min(span.end, len(sequence.prompt_ids)) - first, 0)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a sequence gave its memory to an older one."""
+        return self._scheduler.num_preemptions
 
     def _forward(
         self, spans: tuple[Span, ...], scores: list[tuple[list[Sequence], Tensor]]
@@ -200,6 +215,8 @@ class Generation:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             expected_tokens=self._expected_tokens,
+            num_preemptions=self.num_preemptions,
+            recomputed_tokens=self.recomputed_tokens,
             seconds=seconds,
             schedule=schedule,
             traffic=self._traffic(),

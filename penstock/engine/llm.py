@@ -48,11 +48,11 @@ from penstock.errors import (
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
-from penstock.offload.blocks import BLOCK_TOKENS, KVCost
+from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine
+from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes
-from penstock.offload.kv import KVStore
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -143,9 +143,10 @@ class LLM:
         ):
             if asked is not None and fits < asked:
                 logger.warning("%s of %d tokens do not fit the budget, %d do", what, asked, fits)
-        self._kv = KVStore(
+        self._kv = open_kv(
             limit_nbytes=self.plan.kv_nbytes,
             cost=self._kv_cost,
+            windows={layer.layer: layer.window for layer in self._shape.kv_windows},
             device=self._device,
         )
         with ExitStack() as cleanup:
@@ -245,7 +246,7 @@ class LLM:
 
     @property
     def _kv_cost(self) -> KVCost:
-        return KVCost(self._shape.kv_token_nbytes, self._shape.kv_sequence_nbytes, BLOCK_TOKENS)
+        return self._shape.kv_cost
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -435,6 +436,8 @@ class LLM:
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
             peak_hosted=generation.peak_hosted,
+            num_preemptions=generation.num_preemptions,
+            recomputed_tokens=generation.recomputed_tokens,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Forecast, Length, forecast
 from penstock.errors import BudgetError
-from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.cost import Machine
 from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.tiers import MemoryTiers
@@ -53,7 +52,6 @@ def choose_plan(
     Fields of `limits` that are named in `fixed` stay. Raises BudgetError when nothing fits, ProfileError when a
     rate that it depends on is not known.
     """
-    cost = KVCost(shape.kv_token_nbytes, shape.kv_sequence_nbytes, BLOCK_TOKENS)
     sample = lengths[:: -(-len(lengths) // MAX_REQUESTS)]
     share = len(lengths) / len(sample)
     known: dict[PassLimits, Choice | None] = {}
@@ -64,7 +62,13 @@ def choose_plan(
             try:
                 plan = make_plan(shape, tiers, candidate)
                 found = forecast(
-                    plan, machine, model, sample, cost=cost, splits_prompts=splits_prompts, max_passes=MAX_PASSES
+                    plan,
+                    machine,
+                    model,
+                    sample,
+                    cost=shape.kv_cost,
+                    splits_prompts=splits_prompts,
+                    max_passes=MAX_PASSES,
                 )
             except BudgetError:
                 if candidate == limits:

@@ -8,7 +8,7 @@ that knows families.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,11 +25,15 @@ from penstock.engine.model.compile import LayerCompiler
 from penstock.offload.buffers import convert
 from penstock.offload.kv import KVStore
 from penstock.offload.layout import Layout
-from penstock.offload.plan import ModelShape
+from penstock.offload.plan import ModelShape, WindowLayer
 
 __all__ = ["rehearse", "rehearse_compiled"]
 
 NUM_TOKENS = 32
+MAX_CONTINUED = 2
+"""Sequences of which several tokens follow older ones in one micro-batch: one that a pass has cut, one that a
+micro-batch has."""
+
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
 
@@ -47,21 +51,36 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
     kv = KVStore(device=model.device)
     watch = _Watch()
     executor.weights = _Nothing(watch)
+    seen: dict[int, int | None] = {}
     with watch:
-        logits = _run(model, executor, kv, num_tokens=NUM_TOKENS)
+        logits = _run(model, executor, kv, num_tokens=NUM_TOKENS, windows=seen)
     converting = 2 * _conversion_peak((*layers, model.resident), scratch, resident)  # two threads may convert at once
     row = logits.shape[-1] * logits.element_size()
     cost = kv.measure()
     kept = cost.of(NUM_TOKENS)
+    windows = _windows(kv, seen, model.context_length)
+    copied = max((layer.token_nbytes for layer in windows), default=0)  # new tokens behind older ones
+    older = max((layer.token_nbytes * layer.window for layer in windows), default=0)
     return ModelShape(
         resident_nbytes=model.resident.nbytes,
-        fixed_nbytes=sampler_nbytes + converting,
+        fixed_nbytes=sampler_nbytes + converting + MAX_CONTINUED * older,
         layer_nbytes=tuple(layout.nbytes for layout in layers),
         wire_nbytes=tuple(layout.wire_nbytes for layout in layers),
-        workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS),
+        workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS) + copied,
         held_nbytes=-(-watch.held // NUM_TOKENS),
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
+        kv_windows=windows,
+    )
+
+
+def _windows(kv: KVStore, seen: Mapping[int, int | None], context: int | None) -> tuple[WindowLayer, ...]:
+    """Return the layers whose attention sees fewer tokens than a sequence can have."""
+    kept = kv.layer_nbytes()
+    return tuple(
+        WindowLayer(layer, window, kept[layer])
+        for layer, window in sorted(seen.items())
+        if window is not None and layer in kept and (context is None or window < context)
     )
 
 
@@ -101,10 +120,17 @@ def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
     return resident, scratch
 
 
-def _run(model: StreamedModel, executor: Executor, kv: KVStore, *, num_tokens: int) -> Tensor:
+def _run(
+    model: StreamedModel,
+    executor: Executor,
+    kv: KVStore,
+    *,
+    num_tokens: int,
+    windows: dict[int, int | None] | None = None,
+) -> Tensor:
     """Run one prompt; return its last token's logits [1, vocab]."""
     kv.acquire(0, num_tokens=num_tokens)
-    batch = MicroBatch((Span(0, 0, num_tokens),), kv, MAX_SCORES)
+    batch = MicroBatch((Span(0, 0, num_tokens),), kv, MAX_SCORES, windows)
     tokens = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
     keep = torch.tensor([num_tokens - 1], device=model.device)
     (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])

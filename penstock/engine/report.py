@@ -63,7 +63,10 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands after a pass; `schedule` is that pass. Of requests from an iterator, those that were read."""
+    """Where a run stands after a pass; `schedule` is that pass. Of requests from an iterator, those that were read.
+
+    `recomputed_tokens` went through the model again, after sequences were preempted; no other number counts them.
+    """
 
     num_requests: int
     num_finished: int
@@ -71,6 +74,8 @@ class Progress:
     prompt_tokens: int
     generated_tokens: int
     expected_tokens: int
+    num_preemptions: int
+    recomputed_tokens: int
     seconds: float
     schedule: Schedule
     traffic: Traffic
@@ -88,7 +93,9 @@ class RunReport:
     `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
     Of the `peak_sequences` at once, up to `peak_hosted` had their keys and values in host RAM.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
-    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began.
+    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way
+    to older ones `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number
+    counts them.
     """
 
     num_requests: int
@@ -100,6 +107,8 @@ class RunReport:
     first_token_seconds: float
     load_bytes: int
     peak_sequences: int
+    num_preemptions: int
+    recomputed_tokens: int
     peak_process_nbytes: int
     peak_device_nbytes: int
     model_nbytes: int
@@ -163,6 +172,8 @@ class RunReport:
             },
             "model_bytes": self.model_nbytes,
             "peak_sequences": self.peak_sequences,
+            "preemptions": self.num_preemptions,
+            "recomputed_tokens": self.recomputed_tokens,
             "device": self.device,
             "dtype": self.dtype,
         }
@@ -186,6 +197,11 @@ class RunReport:
             lines.append(
                 f"host RAM       keys and values of up to {self.peak_hosted} sequences; attention there took "
                 f"{disk.attention_seconds:.2f} s, computing waited {disk.attention_stall_seconds:.2f} s for it"
+            )
+        if self.num_preemptions:
+            lines.append(
+                f"preempted      {self.num_preemptions} times a sequence gave its memory to an older one; "
+                f"{self.recomputed_tokens} tokens went through the model again"
             )
         if self.forecast:
             lines.append(f"plan           {self.forecast.explain()}")

@@ -16,9 +16,10 @@ __all__ = ["Sequence"]
 class Sequence:
     """`prompt_ids` and what was generated after them; `number` is the request's place among all requests.
 
-    `num_computed` tokens have gone through the model. `capacity` is the most tokens that it can reach. A sequence with
-    `targets` is scored, not continued: they are the tokens after the last of `prompt_ids`, each moved on by one place,
-    and `scores` holds log-probability and rank of those whose turn has come.
+    `num_computed` tokens have gone through the model. `capacity` is the most tokens that it can reach, and for
+    `num_reserved` of them memory is reserved. A sequence with `targets` is scored, not continued: they are the tokens
+    after the last of `prompt_ids`, each moved on by one place, and `scores` holds log-probability and rank of those
+    whose turn has come. The first `num_repeated` tokens had gone through the model before `restart` was called.
     """
 
     number: int
@@ -30,6 +31,8 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     num_computed: int = 0
+    num_reserved: int = 0
+    num_repeated: int = 0
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -51,6 +54,22 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and generated tokens."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def most_new(self) -> int:
+        """The most tokens that may be generated."""
+        return self.capacity - len(self.prompt_ids)
+
+    @property
+    def has_known_length(self) -> bool:
+        """Whether nothing can end it before it reaches its capacity."""
+        return bool(self.targets) or (self.params.ignore_eos and not self.params.stop)
+
+    def restart(self) -> None:
+        """Forget what the model has computed, but no token: prompt and completion go through it again as one prompt."""
+        self.num_repeated = max(self.num_repeated, self.num_computed)
+        self.num_computed = self.num_reserved = 0
+        self.scores.clear()
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Return tokens start .. end of prompt and completion together."""

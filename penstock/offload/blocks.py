@@ -9,46 +9,101 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from penstock.errors import BudgetError
+
 __all__ = ["BLOCK_TOKENS", "BlockAllocator", "KVCost"]
 
 BLOCK_TOKENS = 16
 """Tokens in a block: few enough that the last one of a sequence wastes little, and a multiple of 16 keeps every
 layer's part of the pool at an address that vector loads like."""
 
+SPARE = 16
+"""To leave too much for sequences that end early costs this part of the blocks; too little, most of the gain."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVCost:
-    """What one sequence costs: bytes for each token it may reach, in whole blocks, and bytes whatever its length."""
+    """What one sequence costs: bytes for each token it may reach, in whole blocks, and bytes whatever its length.
+
+    Of `token_nbytes`, each (window, bytes) of `windows` is what layers keep that see only so many tokens: their blocks
+    are filled again from the first on. All layers of one window share blocks, and so do those without.
+    """
 
     token_nbytes: int
     sequence_nbytes: int = 0
     block_tokens: int = 1
+    windows: tuple[tuple[int, int], ...] = ()
 
     @property
     def block_nbytes(self) -> int:
         """Bytes of one block in all layers together."""
         return self.token_nbytes * self.block_tokens
 
+    @property
+    def window(self) -> int | None:
+        """The window of all layers that keep anything, where they have the same one."""
+        return next((window for window, nbytes in self.windows if nbytes == self.token_nbytes), None)
+
+    def parts(self) -> dict[int | None, KVCost]:
+        """Return what the layers of each window keep, those without one first, as costs without anything besides."""
+        full = self.token_nbytes - sum(nbytes for _, nbytes in self.windows)
+        parts: dict[int | None, KVCost] = {None: KVCost(full, 0, self.block_tokens)} if full or not self.windows else {}
+        return parts | {
+            window: KVCost(nbytes, 0, self.block_tokens, ((window, nbytes),)) for window, nbytes in self.windows
+        }
+
     def blocks_of(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens take."""
-        return -(-num_tokens // self.block_tokens)
+        """Blocks that `num_tokens` tokens take, where all layers share them."""
+        blocks = -(-num_tokens // self.block_tokens)
+        if self.window is None:
+            assert not self.windows, "layers of different windows have blocks of their own"
+            return blocks
+        return min(blocks, -(-(self.window - 1) // self.block_tokens) + 1)
 
     def of(self, num_tokens: int) -> int:
         """Bytes that a sequence of `num_tokens` tokens needs."""
-        return self.sequence_nbytes + self.block_nbytes * self.blocks_of(num_tokens)
+        blocks = (part.block_nbytes * part.blocks_of(num_tokens) for part in self.parts().values())
+        return self.sequence_nbytes + sum(blocks)
 
-    def divide(self, nbytes: int, lengths: Sequence[int]) -> int:
-        """Return how many blocks to make of `nbytes` bytes, for sequences of these lengths.
+    def check(self, nbytes: int, num_tokens: int, what: str) -> None:
+        """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens needs more than `nbytes` bytes."""
+        if self.of(num_tokens) > nbytes:
+            raise BudgetError(
+                f"no room for the keys and values of {what} ({num_tokens} tokens)",
+                wanted=f"{self.of(num_tokens)} bytes",
+                got=f"{nbytes} bytes in all",
+                fix="Give the device more memory, or ask for fewer tokens.",
+            )
 
-        What is left is what so many sequences need besides their blocks. The longest of them fits, if it fits at all.
+    def besides(self, nbytes: int, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> int:
+        """Return how much of `nbytes` bytes is left for what sequences of these lengths need besides their blocks.
+
+        The longest of them fits, if it fits at all. Where they may end sooner, with the `least` lengths, there will be
+        more of them at once, and one part in `SPARE` may be left for that. `num_elsewhere` more that have their blocks
+        elsewhere get at most half.
         """
+        elsewhere = min(num_elsewhere * self.sequence_nbytes, nbytes // 2, nbytes - max(map(self.of, lengths)))
+        elsewhere = max(elsewhere, 0)
+        return elsewhere + self._besides_here(nbytes - elsewhere, lengths, least)
+
+    def _besides_here(self, nbytes: int, lengths: Sequence[int], least: Sequence[int]) -> int:
+        num_sequences = max(self._at_once(nbytes, lengths), 1)
+        if least and self.sequence_nbytes:
+            more = min(self._at_once(nbytes, least), nbytes // (SPARE * self.sequence_nbytes))
+            num_sequences = max(num_sequences, more)
+        longest = max(map(self.of, lengths)) - self.sequence_nbytes
+        return max(min(num_sequences * self.sequence_nbytes, nbytes - longest), self.sequence_nbytes)
+
+    def divide(self, nbytes: int, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> int:
+        """Return how many blocks to make of `nbytes` bytes, for sequences of these lengths, as in `besides`."""
         if not self.block_nbytes:
             return 0
-        blocks = [self.blocks_of(length) for length in lengths]
-        mean = self.sequence_nbytes + self.block_nbytes * sum(blocks) / len(blocks)
-        num_sequences = max(int(nbytes / mean), 1)
-        wanted = max((nbytes - num_sequences * self.sequence_nbytes) // self.block_nbytes, *blocks)
-        return max(min(wanted, (nbytes - self.sequence_nbytes) // self.block_nbytes), 0)
+        besides = self.besides(nbytes, lengths, least=least, num_elsewhere=num_elsewhere)
+        return max((nbytes - besides) // self.block_nbytes, 0)
+
+    def _at_once(self, nbytes: int, lengths: Sequence[int]) -> int:
+        """Return how many sequences fit that are as long as these on average."""
+        return int(nbytes / (sum(map(self.of, lengths)) / len(lengths)))
 
 
 class BlockAllocator:

@@ -21,6 +21,7 @@ from penstock.io.limits import available_cores
 from penstock.io.memory import HostMemory
 from penstock.kernels.paged_cpu import load_attend_paged
 from penstock.offload.blocks import KVCost
+from penstock.offload.groups import KVGroups
 from penstock.offload.host_kv import HostKV
 from penstock.offload.kv import KVStatistics, KVStore
 from penstock.offload.tiers import Tier
@@ -52,7 +53,7 @@ class KVHomes:
 
     def __init__(
         self,
-        store: KVStore,
+        store: KVStore | KVGroups,
         *,
         cost: KVCost,
         host_nbytes: int = 0,
@@ -65,6 +66,7 @@ class KVHomes:
         self._homes: dict[Hashable, Tier] = {}
         self._host: HostKV | None = None
         self._exit = ExitStack()
+        self._host_cost = KVCost(cost.token_nbytes, 0, cost.block_tokens)  # layers with windows keep all there
         num_blocks = host_nbytes // cost.block_nbytes if cost.block_nbytes else 0
         with ExitStack() as cleanup:
             cleanup.callback(store.close)
@@ -79,9 +81,9 @@ class KVHomes:
             memory = cleanup.enter_context(HostMemory(nbytes, pin=device.type == "cuda"))
             return torch.frombuffer(memory.view, dtype=torch.uint8)
 
-        cost = KVCost(self._cost.token_nbytes, 0, self._cost.block_tokens)
+        limit = num_blocks * self._host_cost.block_nbytes
         host = HostKV(
-            KVStore(limit_nbytes=num_blocks * cost.block_nbytes, cost=cost, allocate=allocate),
+            KVStore(limit_nbytes=limit, cost=self._host_cost, allocate=allocate),
             states=self._device,
             device=device,
             attend=load_attend_paged(directory),
@@ -91,27 +93,27 @@ class KVHomes:
         cleanup.callback(host.close)
         return host
 
-    def prepare(self, lengths: Sequence[int]) -> None:
+    def prepare(self, lengths: Sequence[int], *, least: Sequence[int] = ()) -> None:
         """Divide the device's memory for sequences of these lengths, none of which is running yet."""
-        self._device.prepare(lengths, num_elsewhere=self._elsewhere(lengths))
+        self._device.prepare(lengths, least=least, num_elsewhere=self._elsewhere(lengths))
 
     def _elsewhere(self, lengths: Sequence[int]) -> int:
         """Return how many such sequences can be in host RAM at once, and have what they keep besides on the device."""
         if self._host is None or not lengths:
             return 0
-        mean = sum(map(self._cost.blocks_of, lengths)) / len(lengths)
+        mean = sum(map(self._host_cost.blocks_of, lengths)) / len(lengths)
         return int(self._host.store.statistics().num_blocks / max(mean, 1))
 
-    def fits(self, num_tokens: int) -> bool:
-        """Say whether a sequence of `num_tokens` tokens can be acquired now, in either home."""
-        return self._find(num_tokens) is not None
+    def fits(self, num_tokens: int, *, most: int = 0) -> bool:
+        """Say whether a sequence of `num_tokens` tokens can be acquired now, in a home that could hold `most`."""
+        return self._find(num_tokens, most) is not None
 
-    def _find(self, num_tokens: int) -> Tier | None:
-        if self._device.fits(num_tokens):
+    def _find(self, num_tokens: int, most: int) -> Tier | None:
+        if self._device.fits(num_tokens) and self._device.could_hold(most):
             return Tier.DEVICE
-        if self._host is not None and self._host.store.fits(num_tokens) and self._device.fits(0):
-            return Tier.HOST
-        return None
+        if self._host is None or not self._host.store.could_hold(most):
+            return None
+        return Tier.HOST if self._host.store.fits(num_tokens) and self._device.fits(0) else None
 
     def check(self, num_tokens: int, what: str = "a sequence") -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens can never be acquired."""
@@ -120,18 +122,17 @@ class KVHomes:
         except BudgetError as error:
             if self._host is None:
                 raise
-            there = self._host.store.statistics().num_blocks
-            if self._cost.blocks_of(num_tokens) > there:
+            if not self._host.store.could_hold(num_tokens):
                 raise BudgetError(
                     f"{error.what} in one home",
                     wanted=error.wanted,
-                    got=f"{error.got} on the device, {there * self._cost.block_nbytes} in host RAM",
+                    got=f"{error.got} on the device, {self._host.store.nbytes} in host RAM",
                     fix="Give one of them more memory, or ask for fewer tokens.",
                 ) from None
 
-    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        """Reserve room for a sequence of at most `num_tokens` tokens, for which `fits` has said yes."""
-        home = self._find(num_tokens)
+    def acquire(self, sequence: Hashable, *, num_tokens: int, most: int = 0) -> None:
+        """Reserve room for a sequence of `num_tokens` tokens, and later up to `most`; `fits` has said yes to both."""
+        home = self._find(num_tokens, most)
         assert home is not None, "sequences start only when they fit"
         if home is Tier.HOST and self._host is not None:
             self._device.acquire(sequence, num_tokens=0)
@@ -140,11 +141,17 @@ class KVHomes:
             self._device.acquire(sequence, num_tokens=num_tokens)
         self._homes[sequence] = home
 
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        """Reserve more for a sequence, in its home: `num_tokens` tokens in all. False if too few blocks are free."""
+        if self._host is not None and self._homes[sequence] is Tier.HOST:
+            return self._host.store.extend(sequence, num_tokens=num_tokens)
+        return self._device.extend(sequence, num_tokens=num_tokens)
+
     def home_of(self, sequence: Hashable) -> Tier:
         """Return where a sequence's keys and values are."""
         return self._homes[sequence]
 
-    def store_of(self, sequence: Hashable) -> KVStore | HostKV:
+    def store_of(self, sequence: Hashable) -> KVStore | KVGroups | HostKV:
         """Return the store that a micro-batch with this sequence works with."""
         if self._host is not None and self._homes[sequence] is Tier.HOST:
             return self._host

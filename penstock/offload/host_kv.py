@@ -22,6 +22,7 @@ from penstock.kernels.attention import Rule
 from penstock.kernels.paged_cpu import AttendPaged
 from penstock.offload.clock import Clock, Stopwatch
 from penstock.offload.copies import CudaClock
+from penstock.offload.groups import KVGroups
 from penstock.offload.kv import KVStore, Places, Tokens
 from penstock.offload.trace import ATTENTION, STALLS, Trace
 
@@ -94,7 +95,7 @@ class HostKV:
         self,
         store: KVStore,
         *,
-        states: KVStore,
+        states: KVStore | KVGroups,
         device: torch.device,
         attend: AttendPaged,
         num_threads: int,

@@ -4,8 +4,8 @@ Keys and values lie in blocks of a few tokens. All layers share one allocation, 
 sequence has the same blocks in every layer. So where a micro-batch's tokens are is found once (`Places`), and a layer
 stores them all with one indexed copy.
 
-A sequence reserves blocks for all of its tokens before it starts and gives them back when it ends, so a running
-sequence can never run out of memory.
+A sequence reserves blocks for so many tokens when it starts, may ask for more while it runs, and gives all back when it
+ends or gives way to another one. Within what it has reserved it never waits for memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from penstock.errors import BudgetError, ClosedError
+from penstock.errors import ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
-from penstock.offload.tiers import Tier
 
 __all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
 
@@ -170,23 +169,35 @@ class KVStore:
     def _allocate_there(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def prepare(self, lengths: Sequence[int], *, num_elsewhere: int = 0) -> None:
-        """Divide the limit for sequences of these lengths, none of which is running yet, unless it is divided so.
+    def prepare(self, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> None:
+        """Divide the limit for sequences of these lengths, none of which is running yet, unless it nearly is.
 
-        So many sequences that have their blocks elsewhere get at most half of it, for what they keep besides.
+        They may be known to have `least` tokens only, as in `KVCost.divide`. `num_elsewhere` have
+        their blocks elsewhere.
         """
         if self._limit is None or not lengths or self._sequences or self._closed:
             return
-        elsewhere = min(num_elsewhere * self._cost.sequence_nbytes, self._limit // 2)
-        wanted = self._cost.divide(self._limit - elsewhere, lengths)
+        wanted = self._cost.divide(self._limit, lengths, least=least, num_elsewhere=num_elsewhere)
         there = self._allocator.num_blocks
-        near = abs(wanted - there) * 10 <= there and (there <= wanted or not elsewhere)
-        if there >= max(map(self._blocks_of, lengths)) and near:
+        left, wanted_left = (self._limit - blocks * self._cost.block_nbytes for blocks in (there, wanted))
+        if there >= max(map(self._blocks_of, lengths)) and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
             return
-        self._layers.clear()
-        self._pool, self._carved = None, 0  # before the next one is made
+        self.limit(self._limit)  # the old pool goes before the next one is made
         self._pool = self._allocate(wanted * self._cost.block_nbytes)
         self._allocator = BlockAllocator(wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self._allocator.num_blocks * self._cost.block_nbytes
+
+    def limit(self, nbytes: int) -> None:
+        """Give the blocks back and set another limit; `prepare` then divides it. No sequence may be running."""
+        assert not self._sequences, "blocks that are in use stay"
+        self._limit = nbytes
+        self._layers.clear()
+        self._pool, self._carved = None, 0
+        self._allocator = BlockAllocator()
 
     def fits(self, num_tokens: int) -> bool:
         """Say whether a sequence of `num_tokens` tokens can be acquired now."""
@@ -198,18 +209,17 @@ class KVStore:
         left = self._limit - self._allocator.num_blocks * self._cost.block_nbytes
         return besides <= left and self._blocks_of(num_tokens) <= self._allocator.num_free
 
+    def could_hold(self, num_tokens: int) -> bool:
+        """Say whether a sequence of `num_tokens` tokens could be acquired while none is running."""
+        return self._limit is None or self._cost.of(num_tokens) <= self._limit
+
     def check(self, num_tokens: int, what: str = "a sequence") -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens can never be acquired."""
-        if self._limit is not None and self._cost.of(num_tokens) > self._limit:
-            raise BudgetError(
-                f"no room for the keys and values of {what} ({num_tokens} tokens)",
-                wanted=f"{self._cost.of(num_tokens)} bytes",
-                got=f"{self._limit} bytes in all",
-                fix="Give the device more memory, or ask for fewer tokens.",
-            )
+        if self._limit is not None:
+            self._cost.check(self._limit, num_tokens, what)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        """Reserve room for a sequence of at most `num_tokens` tokens, for which `fits` has said yes."""
+        """Reserve room for a sequence of `num_tokens` tokens, for which `fits` has said yes."""
         if self._closed:
             raise ClosedError("the store of keys and values is closed")
         assert sequence not in self._sequences, f"{sequence!r} is already running"
@@ -224,6 +234,34 @@ class KVStore:
         self._sequences[sequence] = _Sequence(num_tokens, reserved, blocks, _leading_run(blocks))
         self._reserved += reserved
         self._peak = max(self._peak, self._reserved)
+
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        """Reserve more for a sequence: `num_tokens` tokens in all. False, and no more, if too few blocks are free."""
+        if not self.can_extend(sequence, num_tokens=num_tokens):
+            return False
+        entry = self._sequences[sequence]
+        self._add_blocks(entry, self._blocks_of(num_tokens) - len(entry.blocks))
+        if num_tokens > entry.capacity:
+            reserved = self._cost.of(num_tokens)
+            self._reserved += reserved - entry.reserved
+            self._peak = max(self._peak, self._reserved)
+            entry.capacity, entry.reserved = num_tokens, reserved
+        return True
+
+    def can_extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        """Say whether `extend` would find enough."""
+        count = self._blocks_of(num_tokens) - len(self._sequences[sequence].blocks)
+        return self._limit is None or count <= self._allocator.num_free
+
+    def _add_blocks(self, entry: _Sequence, count: int) -> None:
+        if count <= 0:
+            return
+        if self._limit is None:
+            self._allocator.grow(self._allocator.num_blocks + count - self._allocator.num_free)
+        last = int(entry.blocks[-1]) if len(entry.blocks) else None
+        more = np.array(self._allocator.allocate(count, after=last), np.int32)
+        entry.blocks = np.concatenate((entry.blocks, more))
+        entry.run = _leading_run(entry.blocks)
 
     def _blocks_of(self, num_tokens: int) -> int:
         keeps_nothing = self._limit is not None and self._cost.token_nbytes == 0
@@ -241,7 +279,7 @@ class KVStore:
         used = [-(-end // size) for end in ends]
         table = np.zeros((len(spans), max(used)), np.int32)
         for row, entry, count in zip(table, entries, used, strict=True):
-            row[:count] = entry.blocks[:count]
+            row[:count] = np.resize(entry.blocks, count)  # in layers with a window, blocks come again
         lengths = np.subtract(ends, starts)
         offsets = [0, *np.cumsum(lengths).tolist()]
         positions = np.arange(offsets[-1]) - np.repeat(np.subtract(offsets[:-1], starts), lengths)
@@ -302,19 +340,22 @@ class KVStore:
         """Keep a recurrent mixer's state, which holds `nbytes` bytes, until the next pass."""
         self._sequences[sequence].states[layer] = (state, nbytes)
 
-    def home_of(self, sequence: Hashable) -> Tier:  # noqa: ARG002
-        """Return where every sequence's keys and values are, for a room that has this home alone."""
-        return Tier.DEVICE
-
     def release(self, sequence: Hashable) -> None:
         """Give back all that a sequence holds."""
         entry = self._sequences.pop(sequence)
         self._allocator.release(entry.blocks.tolist())
         self._reserved -= entry.reserved
 
+    def layer_nbytes(self) -> dict[int, int]:
+        """Return what each layer keeps of a token."""
+        return {
+            layer: sum(prod(kept.shape[2:]) * kept.element_size() for kept in blocks)
+            for layer, blocks in self._layers.items()
+        }
+
     def measure(self) -> KVCost:
         """Return what a sequence really costs, from what the layers and the running sequences have stored so far."""
-        tokens = sum(prod(kept.shape[2:]) * kept.element_size() for blocks in self._layers.values() for kept in blocks)
+        tokens = sum(self.layer_nbytes().values())
         states = (sum(nbytes for _, nbytes in entry.states.values()) for entry in self._sequences.values())
         return KVCost(tokens, max(states, default=0), self._cost.block_tokens)
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from penstock.errors import BudgetError
+from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
-__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "make_plan"]
+__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "make_plan"]
 
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""
@@ -22,13 +23,23 @@ MINIMUM_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class WindowLayer:
+    """A layer that sees the last `window` tokens and keeps `token_nbytes` bytes of each."""
+
+    layer: int
+    window: int
+    token_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a model costs, in bytes; measured, not derived from its config.
 
     `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
     `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
-    `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes.
+    `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes; of the former, the layers of
+    `kv_windows` keep only so many tokens.
     """
 
     resident_nbytes: int
@@ -39,6 +50,15 @@ class ModelShape:
     held_nbytes: int
     kv_token_nbytes: int
     kv_sequence_nbytes: int
+    kv_windows: tuple[WindowLayer, ...] = ()
+
+    @property
+    def kv_cost(self) -> KVCost:
+        """What a sequence keeps between passes."""
+        windows: dict[int, int] = {}
+        for layer in self.kv_windows:
+            windows[layer.window] = windows.get(layer.window, 0) + layer.token_nbytes
+        return KVCost(self.kv_token_nbytes, self.kv_sequence_nbytes, BLOCK_TOKENS, tuple(sorted(windows.items())))
 
     @property
     def nbytes(self) -> int:

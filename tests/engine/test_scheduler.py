@@ -1,12 +1,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_room import made_room
 
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.errors import BudgetError, RequestError
-from penstock.offload.kv import KVCost, KVStore
 from penstock.offload.tiers import Tier
 
 
@@ -21,7 +21,7 @@ jobs = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, m
 def test_every_token_of_every_sequence_runs_once_and_in_order(jobs, micro, total, room, splits):
     """Random jobs through random limits, with a fake model that ends each sequence after its own number of tokens."""
     micro = micro if splits else max(micro, 40)
-    kv = KVStore(limit_nbytes=room, cost=KVCost(1))
+    kv = made_room(room)
     scheduler = Scheduler(kv, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=splits)
     sequences = [sequence(number, prompt, new) for number, (prompt, new) in enumerate(jobs)]
     for one in sequences:
@@ -52,7 +52,7 @@ def test_every_token_of_every_sequence_runs_once_and_in_order(jobs, micro, total
     assert started == sorted(seen), "requests start in order"
     assert all(len(one.output_ids) == one.params.max_tokens for one in sequences)
     assert all(seen[one.number] == one.capacity - 1 for one in sequences), "the last token is never run"
-    assert kv.statistics().nbytes == 0
+    assert kv.statistics().device.nbytes == 0
 
 
 class TwoHomes:
@@ -62,16 +62,16 @@ class TwoHomes:
         self.on_device = on_device
         self.homes = {}
 
-    def prepare(self, lengths):
+    def prepare(self, lengths, *, least):
         assert not self.homes
 
-    def fits(self, num_tokens):
+    def fits(self, num_tokens, *, most):
         return True
 
     def check(self, num_tokens, what):
         pass
 
-    def acquire(self, sequence, *, num_tokens):
+    def acquire(self, sequence, *, num_tokens, most):
         there = sum(home is Tier.DEVICE for home in self.homes.values())
         self.homes[sequence] = Tier.DEVICE if there < self.on_device else Tier.HOST
 
@@ -124,7 +124,7 @@ def test_single_tokens_of_host_ram_do_not_share_with_prompts():
 
 
 def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():
-    kv = KVStore(limit_nbytes=1000, cost=KVCost(1))
+    kv = made_room(1000)
     scheduler = Scheduler(kv, micro_batch_tokens=8, pass_tokens=10, splits_prompts=True)
     scheduler.add(sequence(0, 3, 5))
     first = scheduler.schedule()
@@ -139,9 +139,7 @@ def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():
 @given(jobs, st.integers(1, 20), st.integers(1, 60), st.integers(52, 200))
 def test_a_source_is_read_one_sequence_ahead_and_scheduled_like_a_queue(jobs, micro, total, room):
     def scheduler():
-        return Scheduler(
-            KVStore(limit_nbytes=room, cost=KVCost(1)), micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True
-        )
+        return Scheduler(made_room(room), micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True)
 
     queued, fed = scheduler(), scheduler()
     pulled = []
@@ -171,9 +169,7 @@ def test_a_source_is_read_one_sequence_ahead_and_scheduled_like_a_queue(jobs, mi
 
 
 def test_a_small_request_does_not_overtake_a_large_one():
-    scheduler = Scheduler(
-        KVStore(limit_nbytes=20, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True
-    )
+    scheduler = Scheduler(made_room(20), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True)
     for number, prompt in enumerate((8, 15, 1)):
         scheduler.add(sequence(number, prompt, 2))
     scheduler.schedule()
@@ -188,9 +184,7 @@ def test_what_a_source_raises_comes_out_of_schedule_and_abort_forgets_it():
         yield sequence(0, 8, 8)
         yield sequence(1, 80, 80)
 
-    scheduler = Scheduler(
-        KVStore(limit_nbytes=100, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True
-    )
+    scheduler = Scheduler(made_room(100), micro_batch_tokens=8, pass_tokens=64, splits_prompts=True)
     scheduler.feed(source())
     with pytest.raises(BudgetError, match="prompt 1"):
         scheduler.schedule()
@@ -201,25 +195,23 @@ def test_what_a_source_raises_comes_out_of_schedule_and_abort_forgets_it():
 
 
 def test_what_can_never_fit_says_what_is_short():
-    scheduler = Scheduler(
-        KVStore(limit_nbytes=10, cost=KVCost(1)), micro_batch_tokens=8, pass_tokens=8, splits_prompts=True
-    )
+    scheduler = Scheduler(made_room(10), micro_batch_tokens=8, pass_tokens=8, splits_prompts=True)
     with pytest.raises(BudgetError, match=r"prompt 3 and its new tokens \(16 tokens\): wanted 16 bytes, got 10 bytes"):
         scheduler.add(sequence(3, 8, 8))
 
 
 def test_a_prompt_that_must_stay_whole_has_to_fit_a_micro_batch():
-    scheduler = Scheduler(KVStore(), micro_batch_tokens=8, pass_tokens=8, splits_prompts=False)
+    scheduler = Scheduler(made_room(1000), micro_batch_tokens=8, pass_tokens=8, splits_prompts=False)
     with pytest.raises(BudgetError, match="cannot take prompts in parts"):
         scheduler.add(sequence(0, 9, 1))
 
 
 def test_abort_gives_everything_back():
-    kv = KVStore(limit_nbytes=100, cost=KVCost(1))
+    kv = made_room(100)
     scheduler = Scheduler(kv, micro_batch_tokens=8, pass_tokens=8, splits_prompts=True)
     for number in range(3):
         scheduler.add(sequence(number, 8, 8))
     scheduler.schedule()
     scheduler.abort()
-    assert kv.statistics().num_sequences == kv.statistics().nbytes == 0
+    assert kv.statistics().device.num_sequences == kv.statistics().device.nbytes == 0
     assert not scheduler.schedule().micro_batches

@@ -28,7 +28,8 @@ def save(path, family):
 def test_attention_over_a_long_prompt_stays_within_its_workspace(tmp_path, family):
     save(tmp_path, family)
     with LLM(tmp_path, tiers=MemoryTiers(device="32MiB", host=0), device="cpu") as llm:
-        logits = llm._kv._cost.sequence_nbytes  # keys and values have their memory already
+        logits = llm._kv._cost.sequence_nbytes
+        llm._kv.prepare([5001], least=[5001])  # keys and values have their memory already
         with _Watch() as watch:
             llm.generate([[5 + n % 200 for n in range(5000)]], SamplingParams(max_tokens=1, temperature=0))
         assert watch.peak <= llm.plan.workspace_nbytes + logits

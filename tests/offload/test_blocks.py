@@ -86,6 +86,15 @@ def test_memory_is_divided_so_that_what_fits_alone_fits(token, besides, size, le
         assert besides or left < cost.block_nbytes, "without anything else, blocks get all"
 
 
+def test_a_small_part_is_left_for_more_sequences_that_end_early():
+    cost = KVCost(10, 100, 16)
+    sure, unsure = (cost.divide(1_000_000, [800] * 5, least=least) for least in ([800] * 5, [20] * 5))
+    assert sure == cost.divide(1_000_000, [800] * 5)
+    assert unsure == pytest.approx(sure * 15 / 16, rel=0.02)
+    assert 1_000_000 - unsure * cost.block_nbytes >= 600 * 100, "besides for 625 instead of 123"
+    assert cost.divide(1_000_000, [8000], least=[20]) >= cost.blocks_of(8000)
+
+
 def test_equal_sequences_fill_the_memory():
     cost = KVCost(10, 3000, 16)
     num_blocks = cost.divide(1_000_000, [160] * 5)

@@ -55,13 +55,22 @@ def test_the_store_keeps_what_was_stored(data, num_blocks, size):
     store = KVStore(cost=KVCost(0, 0, size)) if num_blocks is None else limited(num_blocks, size=size)
     known, capacities = {}, {}
     for step in range(data.draw(st.integers(1, 12))):
-        what = data.draw(st.sampled_from(["acquire", "acquire", "append", "append", "append", "release"]))
+        what = data.draw(st.sampled_from(["acquire", "acquire", "append", "append", "append", "extend", "release"]))
         if what == "acquire":
             capacity = data.draw(st.integers(1, 40))
             if store.fits(capacity):
                 store.acquire(step, num_tokens=capacity)
                 known[step] = {layer: tuple([] for _ in rows) for layer, rows in KINDS.items()}
                 capacities[step] = capacity
+        elif what == "extend" and known:
+            grown = data.draw(st.sampled_from(sorted(known)))
+            wanted = data.draw(st.integers(1, 40))
+            free = store.statistics().num_free_blocks
+            if store.extend(grown, num_tokens=wanted):
+                capacities[grown] = max(capacities[grown], wanted)
+            else:
+                assert -(-wanted // size) > -(-capacities[grown] // size) + free
+                assert store.statistics().num_free_blocks == free
         elif what == "release" and known:
             gone = data.draw(st.sampled_from(sorted(known)))
             store.release(gone)
@@ -123,6 +132,22 @@ def test_scattered_sequences_are_copied_together_by_parts_of_the_heads():
             assert torch.equal(torch.cat([kept.of(0, part)[place] for part in parts], 1), row)
 
 
+def test_a_sequence_grows_into_the_blocks_behind_it_where_they_are_free():
+    store = limited(8)
+    store.acquire("one", num_tokens=8)
+    append(store, [Part("one", 0, 8)])
+    assert store.extend("one", num_tokens=13)
+    store.acquire("two", num_tokens=4)
+    assert store.locate([Part("one", 8, 13)]).firsts == (0,)
+    assert store.extend("one", num_tokens=20)
+    store.check_integrity()
+    assert store.locate([Part("one", 13, 20)]).firsts == (None,), "the one behind was taken"
+    assert not store.extend("two", num_tokens=13), "three blocks more, and two are free"
+    assert store.extend("two", num_tokens=8)
+    assert store.statistics().num_free_blocks == 1
+    assert store.statistics().peak_nbytes == store.statistics().nbytes == 7 * 4 * TOKEN
+
+
 def test_a_sequence_in_one_run_is_a_view():
     store = limited(8)
     store.acquire(0, num_tokens=20)
@@ -157,6 +182,18 @@ def test_what_sequences_keep_besides_blocks_has_its_share():
     store.keep_state(0, 3, "larger", nbytes=501)
     with pytest.raises(AssertionError, match="states of 501 bytes"):
         store.check_integrity()
+
+
+def test_memory_is_divided_again_when_either_share_is_off():
+    """A few large shares, then many small ones: of blocks little changes, of what is left for the rest everything."""
+    store = limited(1000, sequence_nbytes=TOKEN)
+    store.prepare([1000])
+    store.prepare([8] * 10)
+    running = 0
+    while store.fits(8):
+        store.acquire(running, num_tokens=8)
+        running += 1
+    assert running > 400, "of 444 that fit"
 
 
 def test_a_long_sequence_gets_the_memory_when_the_others_have_left():

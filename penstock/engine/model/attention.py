@@ -93,9 +93,11 @@ def attend_spans(
     """
     batch = CURRENT.get()
     if getattr(module, "is_kv_shared_layer", False):
+        batch.note_window(module.kv_shared_layer_index, None)
         kept = batch.kv.read(module.kv_shared_layer_index, batch.places)
     else:
         number = module.layer_idx if layer is None else layer
+        batch.note_window(number, rule.window if rule.chunk is None and rule.bias is None else None)
         kept = batch.kv.append(number, batch.places, key[0].transpose(0, 1), value[0].transpose(0, 1))
     return attend_rows(query[0], kept, rule)[None]
 
