@@ -178,15 +178,21 @@ class HostKV:
         return self._submit(work)
 
     def fetch(self, kept: HostRows, index: int, heads: slice) -> Future[tuple[Tensor, ...]]:
-        """Copy the `known` tokens of one sequence together, [L, heads, ...] each, in staging memory."""
+        """Return the `known` tokens of one sequence, [L, heads, ...] each, contiguous and where the device can read.
+
+        That is where they are stored, if they are one piece there, or else staging memory.
+        """
         length, count = kept.known(index), heads.stop - heads.start
-        made = tuple(self._staging((length, count, *shape[1:]), dtype) for shape, dtype in kept.kinds)
+        is_whole = kept.places.firsts[index] is not None and count == kept.num_heads
+        shapes = () if is_whole else ((length, count, *shape[1:]) for shape, _ in kept.kinds)
+        staged = tuple(self._staging(shape, dtype) for shape, (_, dtype) in zip(shapes, kept.kinds, strict=False))
 
         def work() -> tuple[Tensor, ...]:
-            rows = self.store.read(kept.layer, kept.places).of(index, heads)
-            for copy, row in zip(made, rows, strict=True):
-                copy.copy_(row[:length])
-            return made
+            stored = self.store.read(kept.layer, kept.places).of(index, heads)
+            rows = tuple(row[:length] for row in stored)
+            for copy, row in zip(staged, rows, strict=False):
+                copy.copy_(row)
+            return staged or rows
 
         return self._submit(work)
 
