@@ -58,7 +58,7 @@ class WindowKV(KVStore):
 
     def locate(self, spans: Sequence[Tokens]) -> Places:
         """Say where the new tokens of a micro-batch go, as the whole store does."""
-        places = KVStore.locate(self, spans)
+        places = super().locate(spans)
         size, window = self._cost.block_tokens, self._cost.window
         assert window is not None
         firsts, seen, stored = [], [], []
@@ -84,8 +84,9 @@ class WindowKV(KVStore):
 
     def _put(self, numbers: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
         """Put numbers on the device; nobody waits for it."""
-        there = torch.from_numpy(numbers)
-        return (there.pin_memory() if self._device.type == "cuda" else there).to(self._device, non_blocking=True)
+        made = torch.from_numpy(numbers)
+        staging = torch.empty(made.shape, dtype=made.dtype, pin_memory=self._device.type == "cuda")
+        return staging.copy_(made).to(self._device, non_blocking=True)
 
     def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
         """Store one layer's new rows of a micro-batch, [T, H, ...] each, as far as later ones see them."""
@@ -97,9 +98,9 @@ class WindowKV(KVStore):
                 together[index] = self._after_old(layer, places.seen, index, new) if places.seen.ends[index] else new
         if places.stored is not None:
             rows = tuple(row.index_select(0, places.stored) for row in rows)
-        kept = KVStore.append(self, layer, places, *rows)
+        kept = super().append(layer, places, *rows)
         return _WindowRows(kept.blocks, places, together)
 
     def _after_old(self, layer: int, seen: Places, index: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        old = KVStore.read(self, layer, seen).of(index)
+        old = self.read(layer, seen).of(index)
         return tuple(torch.cat(pair) for pair in zip(old, new, strict=True))

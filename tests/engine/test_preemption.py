@@ -110,7 +110,7 @@ def check(run):
     assert run.room.statistics().num_free_blocks == run.room.statistics().num_blocks
 
 
-@settings(max_examples=1000)
+@settings(max_examples=800)
 @given(
     st.lists(jobs(), min_size=1, max_size=16),
     st.integers(40, 90),
