@@ -35,14 +35,12 @@ class MicroBatch:
     """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
 
     `kv` is the store of the home that all of its sequences have. `max_scores` bounds the attention scores that are in
-    memory at once. Attention notes in `windows`, where there is one, how many tokens of what a layer keeps are seen;
-    None for all of them.
+    memory at once.
     """
 
     spans: tuple[Span, ...]
     kv: KVStore | KVGroups | HostKV
     max_scores: int = 1 << 24
-    windows: dict[int, int | None] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -60,10 +58,7 @@ class MicroBatch:
         return self.kv.locate(self.spans)
 
     def note_window(self, layer: int, window: int | None) -> None:
-        """Note that attention sees so many tokens of what a layer keeps; the most counts."""
-        if self.windows is not None:
-            known = self.windows.get(layer, 0)
-            self.windows[layer] = None if known is None or window is None else max(known, window)
+        """Attention says how many tokens of what a layer keeps it sees, None for all; a rehearsal listens."""
 
 
 CURRENT: ContextVar[MicroBatch] = ContextVar("penstock_micro_batch")

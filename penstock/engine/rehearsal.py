@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,14 +51,14 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
     kv = KVStore(device=model.device)
     watch = _Watch()
     executor.weights = _Nothing(watch)
-    seen: dict[int, int | None] = {}
+    batch = _Listening((Span(0, 0, NUM_TOKENS),), kv, MAX_SCORES)
     with watch:
-        logits = _run(model, executor, kv, num_tokens=NUM_TOKENS, windows=seen)
+        logits = _run(model, executor, batch)
     converting = 2 * _conversion_peak((*layers, model.resident), scratch, resident)  # two threads may convert at once
     row = logits.shape[-1] * logits.element_size()
     cost = kv.measure()
     kept = cost.of(NUM_TOKENS)
-    windows = _windows(kv, seen, model.context_length)
+    windows = _windows(kv, batch.windows, model.context_length)
     copied = max((layer.token_nbytes for layer in windows), default=0)  # new tokens behind older ones
     older = max((layer.token_nbytes * layer.window for layer in windows), default=0)
     return ModelShape(
@@ -95,14 +95,15 @@ def rehearse_compiled(
     """
     num_tokens = min(num_tokens, COMPILED_TOKENS[model.device.type], model.context_length or num_tokens)
     num_tokens = max(3, (num_tokens - 1) | 1)  # odd: a size that no other dimension has stays a size of its own
+    spans = (Span(0, 0, num_tokens),)
     buffers = _bind_to_zeros(model)
     executor.weights = _Nothing(_Watch())
     with compiler.compiling():
-        _run(model, executor, KVStore(device=model.device), num_tokens=num_tokens)
+        _run(model, executor, MicroBatch(spans, KVStore(device=model.device), MAX_SCORES))
     if model.device.type == "cuda" and compiler.report().num_compiled:
         before, kv = torch.cuda.memory_allocated(model.device), KVStore(device=model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
-        _run(model, executor, kv, num_tokens=num_tokens)
+        _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
         peak = torch.cuda.max_memory_allocated(model.device) - before - kv.measure().of(num_tokens)
         shape = replace(shape, workspace_nbytes=max(shape.workspace_nbytes, -(-peak // num_tokens)))
     del buffers
@@ -120,17 +121,22 @@ def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
     return resident, scratch
 
 
-def _run(
-    model: StreamedModel,
-    executor: Executor,
-    kv: KVStore,
-    *,
-    num_tokens: int,
-    windows: dict[int, int | None] | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class _Listening(MicroBatch):
+    """Knows what attention sees of each layer: so many tokens, or all of them (None)."""
+
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+    def note_window(self, layer: int, window: int | None) -> None:
+        """The most counts."""
+        known = self.windows.get(layer, 0)
+        self.windows[layer] = None if known is None or window is None else max(known, window)
+
+
+def _run(model: StreamedModel, executor: Executor, batch: MicroBatch) -> Tensor:
     """Run one prompt; return its last token's logits [1, vocab]."""
-    kv.acquire(0, num_tokens=num_tokens)
-    batch = MicroBatch((Span(0, 0, num_tokens),), kv, MAX_SCORES, windows)
+    num_tokens = batch.num_tokens
+    batch.kv.acquire(0, num_tokens=num_tokens)
     tokens = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
     keep = torch.tensor([num_tokens - 1], device=model.device)
     (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])

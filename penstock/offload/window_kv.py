@@ -8,7 +8,8 @@ only the last of them are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class _WindowRows(Rows):
 
     def _in_blocks(self) -> Rows:
         assert isinstance(self.places, _WindowPlaces)
-        return Rows(self.blocks, self.places.seen)
+        return Rows(**(_fields(self, Rows) | {"places": self.places.seen}))
 
 
 class WindowKV(KVStore):
@@ -58,7 +59,7 @@ class WindowKV(KVStore):
 
     def locate(self, spans: Sequence[Tokens]) -> Places:
         """Say where the new tokens of a micro-batch go, as the whole store does."""
-        places = KVStore.locate(self, spans)
+        places = super().locate(spans)
         size, window = self._cost.block_tokens, self._cost.window
         assert window is not None
         firsts, seen, stored = [], [], []
@@ -66,7 +67,7 @@ class WindowKV(KVStore):
             several = span.end - span.start > 1
             first = max(span.start - window + 1, 0) // size
             firsts.append(first)
-            seen.append(max((span.start if several else span.end) - first * size, 0))
+            seen.append((span.start if several else span.end) - first * size)
             num_blocks = len(self._sequences[span.sequence].blocks)
             kept = max(((span.end - 1) // size - num_blocks + 1) * size, span.start)
             stored.append(np.arange(offset + kept - span.start, offset + span.end - span.start))
@@ -77,15 +78,16 @@ class WindowKV(KVStore):
         numbers = np.concatenate(stored)
         names = None if len(numbers) == places.offsets[-1] else self._put(numbers)
         inside = replace(places, table=self._put(table), ends=tuple(seen), firsts=(None,) * len(spans))
-        fields = {name: getattr(places, name) for name in Places.__dataclass_fields__}
+        known = _fields(places, Places)
         if names is not None:
-            fields["slots"] = places.slots.index_select(0, names)
-        return _WindowPlaces(**fields, seen=inside, stored=names)
+            known["slots"] = places.slots.index_select(0, names)
+        return _WindowPlaces(**known, seen=inside, stored=names)
 
     def _put(self, numbers: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
         """Put numbers on the device; nobody waits for it."""
-        there = torch.from_numpy(numbers)
-        return (there.pin_memory() if self._device.type == "cuda" else there).to(self._device, non_blocking=True)
+        made = torch.from_numpy(numbers)
+        staging = torch.empty(made.shape, dtype=made.dtype, pin_memory=self._device.type == "cuda")
+        return staging.copy_(made).to(self._device, non_blocking=True)
 
     def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
         """Store one layer's new rows of a micro-batch, [T, H, ...] each, as far as later ones see them."""
@@ -97,9 +99,14 @@ class WindowKV(KVStore):
                 together[index] = self._after_old(layer, places.seen, index, new) if places.seen.ends[index] else new
         if places.stored is not None:
             rows = tuple(row.index_select(0, places.stored) for row in rows)
-        kept = KVStore.append(self, layer, places, *rows)
-        return _WindowRows(kept.blocks, places, together)
+        kept = super().append(layer, places, *rows)
+        return _WindowRows(**_fields(kept, Rows), together=together)
 
     def _after_old(self, layer: int, seen: Places, index: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        old = KVStore.read(self, layer, seen).of(index)
+        old = self.read(layer, seen).of(index)
         return tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
+
+
+def _fields(value: Any, kind: type[Any]) -> dict[str, Any]:
+    """Return the fields that a value has as one of this kind."""
+    return {one.name: getattr(value, one.name) for one in fields(kind)}

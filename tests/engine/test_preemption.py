@@ -112,7 +112,7 @@ def check(run):
         assert home.num_free_blocks == home.num_blocks
 
 
-@settings(max_examples=1000)
+@settings(max_examples=800)
 @given(
     st.lists(jobs(), min_size=1, max_size=16),
     st.integers(40, 90),
@@ -140,7 +140,7 @@ def test_every_request_finishes_as_if_alone(every, room, size, besides, micro, t
     check(run)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     st.lists(jobs(), min_size=1, max_size=16),
     st.integers(40, 90),
@@ -149,17 +149,19 @@ def test_every_request_finishes_as_if_alone(every, room, size, besides, micro, t
     st.integers(1, 20),
     st.integers(1, 50),
 )
-def test_every_request_finishes_where_there_are_two_homes(every, on_device, in_host_ram, besides, micro, total):
+def test_every_request_finishes_where_there_are_two_homes(
+    kernel_directory, every, on_device, in_host_ram, besides, micro, total
+):
     """Either may be too small for a sequence that grows there, and the other one not."""
     cost = KVCost(1, besides)
-    with made_room(on_device + 3 * besides, cost=cost, host_nbytes=in_host_ram) as room:
+    with made_room(on_device + 3 * besides, cost=cost, host_nbytes=in_host_ram, kernels=kernel_directory) as room:
         check(Run(every, room, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True).finish())
 
 
-def test_who_gives_way_has_what_is_short():
+def test_who_gives_way_has_what_is_short(kernel_directory):
     """Of two that run in host RAM the younger one gives way, not the last to start, which is on the device."""
     every = [Job(8, 40, 2)] * 3 + [Job(8, 40, 40)] * 3
-    with made_room(48, host_nbytes=60) as room:
+    with made_room(48, host_nbytes=60, kernels=kernel_directory) as room:
         run = Run(every, room, micro_batch_tokens=64, pass_tokens=64, splits_prompts=True).finish()
     check(run)
     assert run.scheduler.num_preemptions <= 2

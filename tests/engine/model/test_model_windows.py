@@ -12,15 +12,13 @@ WINDOWS = {
     "mistral": {0: SW, 1: SW, 2: SW, 3: SW},
     "gemma3_text": {0: SW, 2: SW},
     "gpt_oss": {0: SW, 2: SW},
-    "cohere2": {0: SW, 1: SW, 2: SW},
     "gemma3n_text": {},  # its last two layers read the keys of the first two
     "llama4_text": {},  # chunks
-    "llama": {},
 }
 PROMPTS = [
     [(7 * seed + 11 * place * place) % 250 + 3 for place in range(length)] for seed, length in enumerate([90, 1, 7])
 ]
-NUM_NEW = 40
+NUM_NEW = 24
 
 
 @torch.inference_mode()
