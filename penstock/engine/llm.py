@@ -52,6 +52,7 @@ from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.cost import Machine
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.kv import KVStore
+from penstock.offload.kv_dtype import check_kv_dtype
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import StreamStatistics, WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -76,7 +77,8 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name. `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
+    "auto" (the checkpoint's) or a torch dtype's name; `kv_dtype` is what keys and values rest as: "auto" (as they come),
+    "bf16", or quantised to "fp8", "int8" or "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
     the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
@@ -98,6 +100,7 @@ class LLM:
         pass_tokens: int | None = None,
         device_layers: int | None = None,
         io: ReadSettings | None = None,
+        kv_dtype: str = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
@@ -108,6 +111,7 @@ class LLM:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
         self._io = io or ReadSettings()
+        self._kv_dtype = check_kv_dtype(kv_dtype)
         self._closed = False
         self._generation: Generation | None = None
         limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
@@ -145,6 +149,7 @@ class LLM:
             limit_nbytes=self.plan.kv_nbytes,
             cost=self._kv_cost,
             device=self._device,
+            kv_dtype=kv_dtype,
         )
         with ExitStack() as cleanup:
             cleanup.callback(self._kv.close)
@@ -172,7 +177,9 @@ class LLM:
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
         """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
-        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        shape = rehearse(
+            self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype
+        )
         self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
         if reason is not None:
@@ -246,6 +253,11 @@ class LLM:
     def model(self) -> StreamedModel:
         """The model as it is streamed: its config, its layouts, its vocabulary."""
         return self._model
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes that a token's keys and values take in all layers together."""
+        return self._shape.kv_token_nbytes
 
     @property
     def context_length(self) -> int | None:

@@ -37,14 +37,16 @@ COMPILED_TOKENS = {"cpu": 64, "cuda": 2048}
 """Micro-batches on which layers are compiled have at most so many tokens: enough to fill the device, and soon done."""
 
 
-def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -> ModelShape:
-    """Run `NUM_TOKENS` tokens through zeros and return what the model costs.
+def rehearse(
+    model: StreamedModel, executor: Executor, *, sampler_nbytes: int, kv_dtype: str = "auto"
+) -> ModelShape:
+    """Run `NUM_TOKENS` tokens through zeros and return what the model costs, keys and values resting as `kv_dtype`.
 
     Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.
     """
     layers = model.layer_layouts
     resident, scratch = _bind_to_zeros(model)
-    kv = KVStore(device=model.device)
+    kv = KVStore(device=model.device, kv_dtype=kv_dtype)
     watch = _Watch()
     executor.weights = _Nothing(watch)
     with watch:
@@ -62,6 +64,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
         held_nbytes=-(-watch.held // NUM_TOKENS),
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -79,9 +82,10 @@ def rehearse_compiled(
     buffers = _bind_to_zeros(model)
     executor.weights = _Nothing(_Watch())
     with compiler.compiling():
-        _run(model, executor, KVStore(device=model.device), num_tokens=num_tokens)
+        _run(model, executor, KVStore(device=model.device, kv_dtype=shape.kv_dtype), num_tokens=num_tokens)
     if model.device.type == "cuda" and compiler.report().num_compiled:
-        before, kv = torch.cuda.memory_allocated(model.device), KVStore(device=model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        kv = KVStore(device=model.device, kv_dtype=shape.kv_dtype)
         torch.cuda.reset_peak_memory_stats(model.device)
         _run(model, executor, kv, num_tokens=num_tokens)
         peak = torch.cuda.max_memory_allocated(model.device) - before - kv.measure().of(num_tokens)

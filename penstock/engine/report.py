@@ -152,6 +152,7 @@ class RunReport:
             "peak_sequences": self.peak_sequences,
             "device": self.device,
             "dtype": self.dtype,
+            "kv_dtype": self.plan.kv_dtype,
         }
 
     def explain(self) -> str:

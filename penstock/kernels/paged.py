@@ -23,6 +23,9 @@ __all__ = ["attend_paged", "find_paged"]
 MAX_LATENT_SIZE = 512
 """Values that are the first elements of the keys may be larger: they are read once."""
 
+_TAKEN = {torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn}
+"""What the kernel reads; 4-bit rows are made whole before other code attends."""
+
 logger = logging.getLogger("penstock.kernels")
 
 PagedAttention = Callable[..., None]
@@ -39,20 +42,30 @@ def attend_paged(
     rule: Rule,
     max_length: int,
     workspace_nbytes: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     out: Tensor,
 ) -> None:
     """Attend: query [N, Hq, D] over keys [num_blocks, block_tokens, H, D], values [num_blocks, block_tokens, H, Dv].
 
     block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
     `max_length`; the query is the last token's. Values may be a view of the keys' first elements. `out` is [N, Hq, Dv].
-    What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
+    Keys and values may be int8 or float8_e4m3fn, with a float32 scale for each token and head in `key_scales` and
+    `value_scales` [num_blocks, block_tokens, H]. What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
     """
     del max_length  # known here; a kernel cannot look before it starts
     size = keys.shape[1]
     for row, length in enumerate(lengths.tolist()):
         used = block_table[row, : -(-length // size)]
-        key, value = (blocks.index_select(0, used).flatten(0, 1)[:length] for blocks in (keys, values))
+        pairs = ((keys, key_scales), (values, value_scales))
+        key, value = (_gather(*pair, used, query.dtype).flatten(0, 1)[:length] for pair in pairs)
         attend(query[row, :, None], key, value, rule, max_scores=workspace_nbytes // 16, out=out[row, None])
+
+
+def _gather(blocks: Tensor, scales: Tensor | None, used: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return these blocks, as the numbers that they stand for."""
+    made = blocks.index_select(0, used)
+    return made.to(dtype) if scales is None else (made.float() * scales.index_select(0, used)[..., None]).to(dtype)
 
 
 def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> PagedAttention | None:
@@ -62,8 +75,10 @@ def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Paged
     """
     if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16} or query.stride(-1) != 1:
         return None
-    if rule.bias is not None:
+    if rule.bias is not None or keys.dtype not in _TAKEN:
         return None
+    if keys.dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(query.device) < (8, 9):
+        return None  # older GPUs have no instruction that converts it
     latent = keys.data_ptr() == values.data_ptr()
     largest = MAX_LATENT_SIZE if latent else MAX_HEAD_SIZE
     if not keys.is_contiguous() or not (latent or values.is_contiguous()) or values.shape[-1] > largest:

@@ -3,7 +3,8 @@
 One program takes the query heads of one key head (or a tile of them), so that keys are read once, and one part of one
 sequence, so that a few long sequences fill the card too; a second kernel joins the parts. How a sequence is cut depends
 on its own length alone, so its result does not depend on its neighbours. Sums and softmax are in float32. Where values
-are the first elements of the keys, as in latent attention, they are read once.
+are the first elements of the keys, as in latent attention, they are read once. Quantised rows are multiplied as the
+small numbers they are, which 16-bit ones hold exactly; their scales are a factor of scores and of weights.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def attend_paged(
     rule: Rule,
     max_length: int,
     workspace_nbytes: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     out: Tensor,
 ) -> None:
     """Attend as `penstock.kernels.paged.attend_paged` says, without waiting for the device. The rule has no bias."""
@@ -48,7 +51,16 @@ def attend_paged(
     for first in range(0, query.shape[0], size):
         part = slice(first, first + size)
         _launch(
-            query[part], keys, values, block_table[part], lengths[part], rule=rule, num_parts=num_parts, out=out[part]
+            query[part],
+            keys,
+            values,
+            block_table[part],
+            lengths[part],
+            rule=rule,
+            num_parts=num_parts,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            out=out[part],
         )
 
 
@@ -61,12 +73,16 @@ def _launch(
     *,
     rule: Rule,
     num_parts: int,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
     out: Tensor,
 ) -> None:
     """Attend some sequences in at most `num_parts` parts each."""
     num_sequences, num_heads, size = query.shape
     num_keys, value_size = keys.shape[2], values.shape[-1]
     assert query.stride(2) == out.stride(2) == block_table.stride(1) == 1
+    quantised = key_scales is not None
+    assert all(scales is None or scales.is_contiguous() for scales in (key_scales, value_scales))
     several = num_parts > 1
     parts = query.new_empty((num_sequences, num_heads, num_parts, value_size), dtype=torch.float32) if several else out
     weights = query.new_empty((num_sequences, num_heads, num_parts), dtype=torch.float32) if several else out
@@ -86,6 +102,8 @@ def _launch(
         query,
         keys,
         values,
+        key_scales if quantised else query,
+        value_scales if quantised else query,
         block_table,
         lengths,
         rule.sinks if rule.sinks is not None else query,
@@ -103,6 +121,7 @@ def _launch(
         rule.chunk or 0,
         HAS_SINKS=rule.sinks is not None,
         HAS_SOFTCAP=rule.softcap is not None,
+        QUANTISED=quantised,
         SEVERAL=several,
         BLOCK_TOKENS=keys.shape[1],
         NUM_KEYS=num_keys,
@@ -148,6 +167,14 @@ def _first_key(length, window, chunk):
 
 
 @triton.jit
+def _widened(rows, like, QUANTISED: tl.constexpr):
+    """Return rows in the dtype of `like`; by way of float32, for not every GPU makes bfloat16 of float8 directly."""
+    if QUANTISED:
+        rows = rows.to(tl.float32)
+    return rows.to(like.dtype)
+
+
+@triton.jit
 def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Return how many keys a part of so many has."""
     even = tl.cdiv(tl.cdiv(num_seen, MAX_PARTS), 64) * 64
@@ -156,10 +183,11 @@ def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride", "window", "chunk"])
 def _attend_part(
-    query, keys, values, table, lengths, sinks, out, parts, weights,
+    query, keys, values, key_scales, value_scales, table, lengths, sinks, out, parts, weights,
     table_stride, query_stride, query_head_stride, out_stride, out_head_stride,
     scale, softcap, window, chunk,
-    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEVERAL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    QUANTISED: tl.constexpr, SEVERAL: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
     LATENT: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr,
     VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
@@ -196,11 +224,14 @@ def _attend_part(
         row = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * NUM_KEYS + head
         place = keys + row[None, :] * (SIZE + REST)
         key = tl.load(place + columns[:, None], mask=there[None, :] & (columns < SIZE)[:, None], other=0.0)
+        key = _widened(key, asked, QUANTISED)
         scores = tl.dot(asked, key)
         if REST > 0:
             rest = tl.load(place + SIZE + others[:, None], mask=there[None, :] & (others < REST)[:, None], other=0.0)
-            scores = tl.dot(asked_rest, rest, scores)
+            scores = tl.dot(asked_rest, _widened(rest, asked, QUANTISED), scores)
         scores *= scale
+        if QUANTISED:
+            scores *= tl.load(key_scales + row, mask=there, other=0.0)[None, :]
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(there[None, :], scores * 1.4426950408889634, float("-inf"))
@@ -216,6 +247,9 @@ def _attend_part(
                 mask=there[:, None] & (places < VALUE_SIZE)[None, :],
                 other=0.0,
             )
+            value = _widened(value, asked, QUANTISED)
+        if QUANTISED:
+            weight *= tl.load(value_scales + row, mask=there, other=0.0)[None, :]
         made = made * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         best = higher
     made = made / total[:, None]
