@@ -135,14 +135,15 @@ def _run_keys(options: argparse.Namespace) -> int:
 
 
 def _expect_long_texts() -> None:
-    """Keep transformers from warning of texts that are longer than the context; once it is imported, which sets this."""
+    """Keep transformers, which must have been imported, from warning of texts that are longer than the context."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def _explain_keys(found: list[KVPerplexity]) -> str:
     lines = ["kv dtype  bytes per token  perplexity  change"]
     lines += [
-        f"{one.kv_dtype:<8}  {one.token_nbytes:>15}  {one.perplexity:>10.4f}  {one.change * 100:+.3f} %" for one in found
+        f"{one.kv_dtype:<8}  {one.token_nbytes:>15}  {one.perplexity:>10.4f}  {one.change * 100:+.3f} %"
+        for one in found
     ]
     return "\n".join(lines)
 

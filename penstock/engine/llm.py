@@ -77,13 +77,13 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name; `kv_dtype` is what keys and values rest as: "auto" (as they come),
-    "bf16", or quantised to "fp8", "int8" or "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
-    the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
+    "auto" (the checkpoint's) or a torch dtype's name. Keys and values rest as `kv_dtype`: "auto" (as they come),
+    "bf16", or quantised: "fp8", "int8", "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace the
+    defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
-    lengths that it `expects` on this `hardware`; without either, the usual one. A context manager;
-    `close` gives all memory back.
+    lengths that it `expects` on this `hardware`; without either, the usual one. A context manager; `close` gives all
+    memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
@@ -177,9 +177,7 @@ class LLM:
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
         """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
-        shape = rehearse(
-            self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype
-        )
+        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype)
         self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
         if reason is not None:

@@ -37,9 +37,7 @@ COMPILED_TOKENS = {"cpu": 64, "cuda": 2048}
 """Micro-batches on which layers are compiled have at most so many tokens: enough to fill the device, and soon done."""
 
 
-def rehearse(
-    model: StreamedModel, executor: Executor, *, sampler_nbytes: int, kv_dtype: str = "auto"
-) -> ModelShape:
+def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, kv_dtype: str = "auto") -> ModelShape:
     """Run `NUM_TOKENS` tokens through zeros and return what the model costs, keys and values resting as `kv_dtype`.
 
     Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.

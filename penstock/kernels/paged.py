@@ -49,9 +49,10 @@ def attend_paged(
     """Attend: query [N, Hq, D] over keys [num_blocks, block_tokens, H, D], values [num_blocks, block_tokens, H, Dv].
 
     block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
-    `max_length`; the query is the last token's. Values may be a view of the keys' first elements. `out` is [N, Hq, Dv].
-    Keys and values may be int8 or float8_e4m3fn, with a float32 scale for each token and head in `key_scales` and
-    `value_scales` [num_blocks, block_tokens, H]. What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
+    `max_length`; the query is the last token's. Values may be a view of the keys' first elements. Keys and values may
+    be int8 or float8_e4m3fn, with a float32 scale for each token and head in `key_scales` and `value_scales`
+    [num_blocks, block_tokens, H]. `out` is [N, Hq, Dv]. What is computed meanwhile takes at most `workspace_nbytes`, or
+    what one sequence needs.
     """
     del max_length  # known here; a kernel cannot look before it starts
     size = keys.shape[1]

@@ -175,6 +175,14 @@ def _widened(rows, like, QUANTISED: tl.constexpr):
 
 
 @triton.jit
+def _scaled(numbers, places, there, QUANTISED: tl.constexpr):
+    """Multiply each column with the scale of its token's row."""
+    if QUANTISED:
+        numbers *= tl.load(places, mask=there, other=0.0)[None, :]
+    return numbers
+
+
+@triton.jit
 def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Return how many keys a part of so many has."""
     even = tl.cdiv(tl.cdiv(num_seen, MAX_PARTS), 64) * 64
@@ -229,9 +237,7 @@ def _attend_part(
         if REST > 0:
             rest = tl.load(place + SIZE + others[:, None], mask=there[None, :] & (others < REST)[:, None], other=0.0)
             scores = tl.dot(asked_rest, _widened(rest, asked, QUANTISED), scores)
-        scores *= scale
-        if QUANTISED:
-            scores *= tl.load(key_scales + row, mask=there, other=0.0)[None, :]
+        scores = _scaled(scores * scale, key_scales + row, there, QUANTISED)
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(there[None, :], scores * 1.4426950408889634, float("-inf"))
@@ -248,8 +254,7 @@ def _attend_part(
                 other=0.0,
             )
             value = _widened(value, asked, QUANTISED)
-        if QUANTISED:
-            weight *= tl.load(value_scales + row, mask=there, other=0.0)[None, :]
+        weight = _scaled(weight, value_scales + row, there, QUANTISED)
         made = made * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         best = higher
     made = made / total[:, None]

@@ -41,8 +41,13 @@ class Code:
 def _scales(wide: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Return float32 scales [...] of float32 rows, NaN for rows that are not finite, and what to divide rows by."""
     top = wide.abs().amax(-1)
-    scales = torch.where(top.isfinite(), top / largest, torch.nan)
-    return scales, torch.where(scales > 0, scales, 1.0)[..., None]
+    scales = (top / largest).masked_fill_(~top.isfinite(), torch.nan)
+    return scales, _divisors(scales)[..., None]
+
+
+def _divisors(scales: Tensor) -> Tensor:
+    """Return what to divide by: 1 for rows of zeros, or of no numbers."""
+    return scales.float().masked_fill(~(scales > 0), 1.0)
 
 
 def _quantise_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,8 +86,7 @@ def _quantise_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     step = ((high - offset.float()).clamp_(min=0) / _LARGEST_INT4).bfloat16()
     finite = (low - high).isfinite()
     scales = torch.cat([step, offset], -1).masked_fill_(~finite, torch.nan)
-    divisors = torch.where(step > 0, step, 1.0).float()
-    steps = ((wide - offset.float()) / divisors).round_().nan_to_num_(0.0).clamp_(0, _LARGEST_INT4)
+    steps = ((wide - offset.float()) / _divisors(step)).round_().nan_to_num_(0.0).clamp_(0, _LARGEST_INT4)
     low_half, high_half = steps.to(torch.uint8).flatten(-2).chunk(2, -1)
     return low_half | high_half << 4, scales
 

@@ -100,13 +100,13 @@ class Plan:
     def explain(self) -> str:
         """Say in a few lines where everything is."""
         counts = {tier: len(self.layers_in(tier)) for tier in Tier}
-        resting = "" if self.kv_dtype == "auto" else f" as {self.kv_dtype}"
+        kept = "keys and values" if self.kv_dtype == "auto" else f"keys and values as {self.kv_dtype}"
         return "\n".join(
             (
                 f"device  {format_size(self.device_nbytes)}: resident unit {format_size(self.resident_nbytes)}, "
                 f"{counts[Tier.DEVICE]} layers {format_size(self.device_layer_nbytes)}, "
                 f"{self.num_slots} slots of {format_size(self.slot_nbytes)}, "
-                f"keys and values{resting} {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
+                f"{kept} {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
                 f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}",
                 f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass",
                 f"pass    up to {self.pass_tokens} tokens in micro-batches of {self.micro_batch_tokens}",

@@ -12,8 +12,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [64, 7])
-def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens):
+@pytest.mark.parametrize(
+    ("micro_batch_tokens", "kv_dtype"),
+    [(64, "auto"), (7, "auto"), (64, "fp8"), (7, "int8"), (64, "int8"), (64, "int4"), (7, "int4")],
+)
+def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens, kv_dtype):
     """The first run compiles kernels and fills caches; the second is watched. Tokens are chosen outside of passes."""
     prompts = [[5 + number] * length for number, length in enumerate((1, 40, 9, 3, 90))]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (20, 3, 9, 14, 6)]
@@ -29,8 +32,8 @@ def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_
         passes.append(max(span.length for batch, _ in batches for span in batch.spans))
         return result
 
-    tiers = MemoryTiers(device="40MiB", host=0)
-    with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", micro_batch_tokens=micro_batch_tokens) as llm:
+    options = {"tiers": MemoryTiers(device="40MiB", host=0), "device": "cuda", "dtype": "bfloat16"}
+    with LLM(tiny_llama, **options, micro_batch_tokens=micro_batch_tokens, kv_dtype=kv_dtype) as llm:
         first = llm.generate(prompts, params)
         monkeypatch.setattr(Executor, "run_pass", watched)
         second = llm.generate(prompts, params)

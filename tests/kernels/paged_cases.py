@@ -11,7 +11,6 @@ from torch import Tensor
 from penstock.kernels import paged_reference
 from penstock.kernels.paged_cpu import AttendPaged
 
-
 QUANTISED = {torch.int8, torch.float8_e4m3fn}
 
 

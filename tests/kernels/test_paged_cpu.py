@@ -99,7 +99,9 @@ def test_other_processors(target, monkeypatch):
     assert isinstance(attend, CompiledAttention)
     for dtype in (FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8):
         compare(make(Case(MIXED, (15, 1), (64, 64), dtype=dtype, softcap=5.0, sinks=True)), attend, num_threads=2)
-        compare(make(Case(MIXED, (3, 3), (31, 49), dtype=dtype, out_dtype=dtype if dtype.itemsize > 1 else FLOAT16)), attend)
+        compare(
+            make(Case(MIXED, (3, 3), (31, 49), dtype=dtype, out_dtype=dtype if dtype.itemsize > 1 else FLOAT16)), attend
+        )
 
 
 def test_nothing_to_do(attend_compiled):

@@ -95,13 +95,10 @@ def test_attention_reads_small_rows_where_they_are(attend_compiled, name):
 
 def paged(call) -> Tensor:
     """Run the same through the other kernel's reference."""
-    query, keys, values, table, lengths = call.tensors
-    scales = {name: call.keywords[name] for name in ("key_scales", "value_scales")}
+    options = {name: call.keywords[name] for name in ("key_scales", "value_scales")}
+    options |= {"rule": Rule(call.keywords["scale"]), "max_length": 700, "workspace_nbytes": 1 << 20}
     out = torch.empty_like(call.out)
-    attend_paged(
-        query, keys, values, table, lengths, rule=Rule(call.keywords["scale"]), max_length=700, workspace_nbytes=1 << 20,
-        **scales, out=out,
-    )  # fmt: skip
+    attend_paged(*call.tensors, **options, out=out)
     return out
 
 

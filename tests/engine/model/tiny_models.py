@@ -156,7 +156,7 @@ def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
 
 
 def errors(stream: Stream, wanted: list[Tensor]) -> Tensor:
-    """Return each token's largest error: of a ragged prefill, decode, and passes that mix a chunked prompt and decode."""
+    """Return each token's largest error over a ragged prefill, decode, and passes that mix chunks and decode."""
     for sequence, prompt in enumerate(PROMPTS):
         stream.kv.acquire(sequence, num_tokens=len(prompt) + len(ANSWERS[sequence]))
     sizes = [len(prompt) for prompt in PROMPTS]
