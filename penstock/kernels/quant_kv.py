@@ -15,27 +15,18 @@ Shapes: rows [..., D]; codes [..., D] or [..., bytes]; scales [...], or [..., gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["CODES", "Code"]
+__all__ = ["QUANTISE", "dequantise"]
 
 FP8 = torch.float8_e4m3fn
 GROUP_SIZE = 32
 _LARGEST_FP8 = 448.0
 _LARGEST_INT8 = 127.0
 _LARGEST_INT4 = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """How rows rest: `quantise` makes codes and scales of rows, `dequantise` float32 rows of them and of D."""
-
-    quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
-    dequantise: Callable[[Tensor, Tensor, int], Tensor]
 
 
 def _scales(wide: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -64,12 +55,6 @@ def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return steps.clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8), scales
 
 
-def _times_scale(codes: Tensor, scales: Tensor, size: int) -> Tensor:
-    assert codes.shape[-1] == size
-    rows: Tensor = codes.float().mul_(scales[..., None])
-    return rows
-
-
 def _group_size(size: int) -> int:
     """Return how many neighbours of a row of `size` share a step: an even number, so that two groups fill bytes."""
     even = -(-size // -(-size // GROUP_SIZE))
@@ -91,15 +76,19 @@ def _quantise_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     return low_half | high_half << 4, scales
 
 
-def _dequantise_int4(codes: Tensor, scales: Tensor, size: int) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor, size: int) -> Tensor:
+    """Return float32 rows of codes and scales, or their first `size` elements."""
+    if codes.dtype != torch.uint8:
+        rows: Tensor = codes[..., :size].float().mul_(scales[..., None])
+        return rows
     steps = torch.cat([codes & 15, codes >> 4], -1).unflatten(-1, (scales.shape[-2], -1)).float()
-    rows: Tensor = steps.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(-2)[..., :size]
+    rows = steps.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(-2)[..., :size]
     return rows
 
 
-CODES = {
-    "fp8": Code(_quantise_fp8, _times_scale),
-    "int8": Code(_quantise_int8, _times_scale),
-    "int4": Code(_quantise_int4, _dequantise_int4),
+QUANTISE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "fp8": _quantise_fp8,
+    "int8": _quantise_int8,
+    "int4": _quantise_int4,
 }
-"""By the name of the dtype."""
+"""By the name of the dtype, what makes codes and scales of rows."""

@@ -103,7 +103,7 @@ class Rows:
     def blocks(self) -> tuple[Tensor, ...]:
         """What rows rest as, [num_blocks, block_tokens, H, ...] each."""
         codes = tuple(kept.codes for kept in self.kept)
-        return codes if self.shared_size is None else (codes[0], codes[0][..., : self.shared_size])
+        return codes if self.shared_size is None else (codes[0], self.kept[0].first(self.shared_size))
 
     @property
     def scales(self) -> tuple[Tensor | None, ...]:

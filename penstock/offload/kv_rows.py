@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from penstock.kernels.quant_kv import CODES, Code
+from penstock.kernels.quant_kv import QUANTISE, dequantise
 
 __all__ = ["KeptRows", "open_rows"]
 
@@ -21,15 +21,15 @@ _WORK_NBYTES = 5
 class KeptRows:
     """Rows [num_blocks, block_tokens, H, `size`] of `dtype` as one layer keeps them: keys, values, or latents.
 
-    They rest as `codes` [num_blocks, block_tokens, H, ...] and, where they are quantised by `code`, with `scales`
-    [num_blocks, block_tokens, H, ...]; `penstock.kernels.quant_kv` says what these hold.
+    They rest as `codes` [num_blocks, block_tokens, H, ...] and, where they are quantised, with `scales`
+    [num_blocks, block_tokens, H, ...]; `penstock.kernels.quant_kv` says what these hold, and makes them by `quantise`.
     """
 
     codes: Tensor
     scales: Tensor | None
     size: int
     dtype: torch.dtype
-    code: Code | None
+    quantise: Callable[[Tensor], tuple[Tensor, Tensor]] | None
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -44,7 +44,11 @@ class KeptRows:
     @property
     def rests_as_it_came(self) -> bool:
         """Whether what is in memory are the rows themselves."""
-        return self.code is None and self.codes.dtype == self.dtype
+        return self.scales is None and self.codes.dtype == self.dtype
+
+    def first(self, size: int) -> Tensor:
+        """Return the codes of each row's first `size` elements; all of them where elements share bytes."""
+        return self.codes if self.codes.dtype == torch.uint8 else self.codes[..., :size]
 
     def copy_nbytes(self, *, scattered: bool) -> int:
         """Bytes that reading takes for each token: 0 where rows lie together and need no conversion."""
@@ -54,7 +58,7 @@ class KeptRows:
 
     def write(self, slots: Tensor, new: Tensor) -> None:
         """Store rows [T, H, size] at these tokens [T] of all blocks."""
-        made = (new.to(self.codes.dtype),) if self.code is None else self.code.quantise(new)
+        made = (new.to(self.codes.dtype),) if self.quantise is None else self.quantise(new)
         for part, rows in zip(self.parts, made, strict=True):
             _movable(part).flatten(0, 1).index_copy_(0, slots, _movable(rows))
 
@@ -73,11 +77,8 @@ class KeptRows:
             part[: old.shape[0]] = old
 
     def _decode(self, parts: Iterable[Tensor]) -> Tensor:
-        if self.code is None:
-            (rows,) = parts
-            return rows.to(self.dtype)
-        codes, scales = parts
-        return self.code.dequantise(codes, scales, self.size).to(self.dtype)
+        codes, *scales = parts
+        return (dequantise(codes, scales[0], self.size) if scales else codes).to(self.dtype)
 
 
 def open_rows(row: Tensor, kv_dtype: str, carve: Callable[[Tensor], Tensor]) -> KeptRows:
@@ -85,11 +86,11 @@ def open_rows(row: Tensor, kv_dtype: str, carve: Callable[[Tensor], Tensor]) -> 
 
     What rows become is seen by quantising none of them, so no formula has to know it.
     """
-    code = CODES.get(kv_dtype)
+    quantise = QUANTISE.get(kv_dtype)
     like = row[:0]
-    if code is not None:
-        codes, scales = code.quantise(like)
-        return KeptRows(carve(codes), carve(scales), row.shape[-1], row.dtype, code)
+    if quantise is not None:
+        codes, scales = quantise(like)
+        return KeptRows(carve(codes), carve(scales), row.shape[-1], row.dtype, quantise)
     like = like.to(torch.bfloat16) if kv_dtype == "bf16" else like
     return KeptRows(carve(like), None, row.shape[-1], row.dtype, None)
 

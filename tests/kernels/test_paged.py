@@ -13,7 +13,7 @@ from torch import Tensor
 from penstock.engine.batch import Span
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged import attend_paged, find_paged
-from penstock.kernels.quant_kv import CODES
+from penstock.kernels.quant_kv import QUANTISE, dequantise
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -3.0])
 RULES = {
@@ -53,7 +53,7 @@ class Case:
         self.query = torch.randn(heads[0], len(lengths), sizes[0], generator=generator).to(dtype).transpose(0, 1)
         self.keys = torch.randn(*shape, sizes[0], generator=generator).to(dtype)
         self.values = torch.randn(*shape, sizes[1], generator=generator).to(dtype)
-        self.scales: dict[str, Tensor] = {}
+        self.sizes, self.scales = sizes, dict[str, Tensor]()
         if latent:
             self.values = self.keys[..., : sizes[1]]
         if code is not None:
@@ -61,10 +61,11 @@ class Case:
 
     def quantise(self, code: str, *, latent: bool) -> None:
         """Let keys and values rest in fewer bits; the scales of tokens that are not there are no numbers."""
-        self.keys, key_scales = CODES[code].quantise(self.keys)
-        self.values, value_scales = CODES[code].quantise(self.values)
+        self.keys, key_scales = QUANTISE[code](self.keys)
+        self.values, value_scales = QUANTISE[code](self.values)
         if latent:
-            self.values, value_scales = self.keys[..., : self.values.shape[-1]], key_scales
+            whole = self.keys if code == "int4" else self.keys[..., : self.sizes[1]]
+            self.values, value_scales = whole, key_scales
         for row, length in zip(self.table, self.lengths.tolist(), strict=True):
             last, used = divmod(length, self.keys.shape[1])
             if used:
@@ -75,15 +76,13 @@ class Case:
         made = []
         for row, length in enumerate(self.lengths.tolist()):
             used = self.table[row, : -(-length // self.keys.shape[1])].long()
-            keys, values = (
-                self._rows(blocks, name)[used].flatten(0, 1)[:length]
-                for blocks, name in ((self.keys, "key_scales"), (self.values, "value_scales"))
-            )
+            keys, values = (self._rows(place)[used].flatten(0, 1)[:length] for place in range(2))
             made.append(naive(self.query[row, :, None].float(), keys, values, Span(0, length - 1, 1), rule)[0])
         return torch.stack(made)
 
-    def _rows(self, blocks: Tensor, scales: str) -> Tensor:
-        return blocks.float() * self.scales[scales][..., None] if self.scales else blocks.float()
+    def _rows(self, place: int) -> Tensor:
+        blocks = (self.keys, self.values)[place]
+        return dequantise(blocks, [*self.scales.values()][place], self.sizes[place]) if self.scales else blocks.float()
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         keys = self.keys.to(device)
@@ -93,7 +92,7 @@ class Case:
 
     def run(self, function, rule: Rule, *, device: str = "cpu", workspace_nbytes: int = 1 << 28) -> Tensor:
         rule = rule if rule.sinks is None else replace(rule, sinks=rule.sinks.to(device, self.query.dtype))
-        out = torch.empty(*self.query.shape[:2], self.values.shape[-1], device=device, dtype=self.query.dtype)
+        out = torch.empty(*self.query.shape[:2], self.sizes[1], device=device, dtype=self.query.dtype)
         table, lengths = self.table.to(device), self.lengths.to(device)
         options = {"rule": rule, "max_length": max(self.lengths.tolist()), "workspace_nbytes": workspace_nbytes}
         scales = {name: scales.to(device) for name, scales in self.scales.items()}
@@ -101,7 +100,7 @@ class Case:
         return out.float().cpu()
 
 
-@pytest.mark.parametrize("code", [None, "fp8", "int8"])
+@pytest.mark.parametrize("code", [None, "fp8", "int8", "int4"])
 @pytest.mark.parametrize("workspace_nbytes", [1, 1 << 28])
 @pytest.mark.parametrize("name", RULES)
 def test_the_reference_sees_through_blocks(name: str, workspace_nbytes: int, code: str | None) -> None:
@@ -162,7 +161,7 @@ def test_the_kernel_is_the_reference(name, lengths, heads, sizes, block_tokens, 
 
 
 @on_cuda
-@pytest.mark.parametrize("code", ["fp8", "int8"])
+@pytest.mark.parametrize("code", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("lengths", "heads", "sizes"),
@@ -180,7 +179,7 @@ def test_the_kernel_reads_small_rows(name, lengths, heads, sizes, dtype, code) -
         pytest.skip("this GPU has no float8")
     case = Case(lengths, heads, sizes, dtype=dtype, latent=sizes[0] > 256, code=code)
     rule = Rule(0.3, **RULES[name])
-    kernel = find_paged(*case.tensors("cuda"), rule)
+    kernel = find_paged(*case.tensors("cuda"), rule, sizes[1])
     assert kernel is not None
     torch.testing.assert_close(case.run(kernel, rule, device="cuda"), case.wanted(rule), atol=2e-2, rtol=2e-2)
 
@@ -216,4 +215,6 @@ def test_scores_of_another_kind_are_left_to_other_code() -> None:
     assert find_paged(query, keys, values[..., :32], Rule(1.0)) is None, "values with gaps"
     assert find_paged(query, keys, keys[..., :32], Rule(1.0)) is not None, "values that are a part of the keys"
     assert find_paged(query.float(), keys.float(), values.float(), Rule(1.0)) is None
-    assert find_paged(query, *(CODES["int4"].quantise(rows)[0] for rows in (keys, values)), Rule(1.0)) is None
+    packed, asked = QUANTISE["int4"](query.new_zeros(1, 16, 1, 576))[0], query.new_zeros(1, 4, 576)
+    assert find_paged(asked, packed, packed, Rule(1.0), 512) is not None
+    assert find_paged(asked, packed, packed, Rule(1.0), 576) is None, "values that are too large"

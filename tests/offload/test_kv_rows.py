@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_kv import Part
 
 from penstock.errors import ConfigError
-from penstock.kernels.quant_kv import CODES
+from penstock.kernels.quant_kv import QUANTISE, dequantise
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.kv import KVStore
 from penstock.offload.kv_dtype import KV_DTYPES, check_kv_dtype
@@ -35,8 +35,7 @@ def as_stored(rows, kv_dtype):
         return rows
     if kv_dtype == "bf16":
         return rows.bfloat16().to(rows.dtype)
-    code = CODES[kv_dtype]
-    return code.dequantise(*code.quantise(rows), rows.shape[-1]).to(rows.dtype)
+    return dequantise(*QUANTISE[kv_dtype](rows), rows.shape[-1]).to(rows.dtype)
 
 
 def measured(kv_dtype):

@@ -109,7 +109,7 @@ def attend_rows(query: Tensor, kept: Rows, rule: Rule) -> Tensor:
     made = query.new_empty((query.shape[1], query.shape[0], kept.value_size))
     flat, first = query.transpose(0, 1), 0
     limit = SCORE_NBYTES * batch.max_scores
-    if singles.count and (paged := find_paged(flat, keys, values, rule)):
+    if singles.count and (paged := find_paged(flat, keys, values, rule, kept.value_size)):
         first = singles.count
         options: dict[str, Any] = {"rule": rule, "max_length": singles.max_length, "workspace_nbytes": limit}
         options |= zip(("key_scales", "value_scales"), kept.scales, strict=True)
