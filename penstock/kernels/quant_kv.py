@@ -81,9 +81,8 @@ def dequantise(codes: Tensor, scales: Tensor, size: int) -> Tensor:
     if codes.dtype != torch.uint8:
         rows: Tensor = codes[..., :size].float().mul_(scales[..., None])
         return rows
-    steps = torch.cat([codes & 15, codes >> 4], -1).unflatten(-1, (scales.shape[-2], -1)).float()
-    rows = steps.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(-2)[..., :size]
-    return rows
+    steps: Tensor = torch.cat([codes & 15, codes >> 4], -1).unflatten(-1, (scales.shape[-2], -1)).float()
+    return steps.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(-2)[..., :size]
 
 
 QUANTISE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
