@@ -145,12 +145,13 @@ def _survey(source: str) -> Survey | None:
 
 
 def _identity(options: argparse.Namespace, known: Survey | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a job to go on: command, input, model, dtype and parameters. Memory may differ."""
+    """What must be the same for a job to go on: command, input, model, dtypes and parameters. Memory may differ."""
     return {
         "command": options.command,
         "input": None if known is None else known.sha256,
         "model": _fingerprint(options.model),
         "dtype": options.dtype,
+        "kv_dtype": options.kv_dtype,
         "parameters": {name: value for name, value in parameters.items() if value is not None},
     }
 

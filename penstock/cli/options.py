@@ -40,6 +40,12 @@ def add_memory(parser: Any) -> Any:
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the checkpoint's)"
     )
     memory.add_argument(
+        "--kv-dtype",
+        default="auto",
+        help="what keys and values rest as: auto (as they come), bf16, or quantised: fp8, int8, int4 "
+        "(default: %(default)s)",
+    )
+    memory.add_argument(
         "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
     )
     memory.add_argument(
@@ -72,6 +78,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         tiers=tiers,
         device=options.device,
         dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
         compile=options.compile,

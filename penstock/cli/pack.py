@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
 from penstock.cli.settings import add_read_options, read_settings, stored_profile
+from penstock.errors import ConfigError
 from penstock.offload.codec import GROUP_SIZES, PackOptions
+from penstock.offload.kv_dtype import KV_DTYPES, check_kv_dtype
 from penstock.offload.tiers import format_size
 
 if TYPE_CHECKING:
+    from penstock.engine.kv_quality import KVPerplexity
     from penstock.engine.quality import LayerError, Perplexity
 
 __all__ = ["add_to"]
@@ -56,15 +59,24 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser = commands.add_parser(
         "quality",
-        help="compare a packed checkpoint with its model",
-        description="Show the error of every layer's weights, and the perplexity of a text with either model.",
+        help="compare a packed checkpoint with its model, or dtypes of keys and values",
+        description="Show the error of every layer's weights, and the perplexity of a text with either model; or the "
+        "perplexity of a text with keys and values in each of several dtypes.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_quality)
-    parser.add_argument("model", help="the checkpoint that was packed")
-    parser.add_argument("packed", help="what `penstock pack` made of it")
+    parser.add_argument("model", help="the checkpoint that was packed, or any")
+    parser.add_argument("packed", nargs="?", help="what `penstock pack` made of it")
     parser.add_argument(
-        "--text", metavar="FILE", help="a text to compute the perplexity of; both models must fit memory"
+        "--text", metavar="FILE", help="a text to compute the perplexity of; to compare weights, both must fit memory"
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        action="append",
+        default=[],
+        metavar="DTYPE",
+        help=f"of keys and values, to compare with auto: {', '.join(KV_DTYPES[1:])}; may be repeated. The model is "
+        "streamed",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
@@ -104,9 +116,42 @@ def run_pack(options: argparse.Namespace) -> int:
 
 def run_quality(options: argparse.Namespace) -> int:
     """Run `penstock quality`."""
+    if bool(options.packed) == bool(options.kv_dtype):
+        fix = "Give PACKED, or --kv-dtype; to measure keys and values of a packed checkpoint, give it as the model."
+        raise ConfigError("quality compares either weights or keys and values", fix=fix)
+    return _run_weights(options) if options.packed else _run_keys(options)
+
+
+def _run_keys(options: argparse.Namespace) -> int:
+    if options.text is None:
+        raise ConfigError("keys and values are compared by the perplexity of a text", fix="Add --text FILE.")
+    names = [check_kv_dtype(name) for name in options.kv_dtype]
+    from penstock.engine.kv_quality import kv_perplexities  # noqa: PLC0415
+
+    _expect_long_texts()
+    found = kv_perplexities(options.model, options.text, names, dtype=options.dtype, device=options.device)
+    print(json.dumps({"kv": [one.as_dict() for one in found]}) if options.json else _explain_keys(found))
+    return 0
+
+
+def _expect_long_texts() -> None:
+    """Keep transformers, which must have been imported, from warning of texts that are longer than the context."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _explain_keys(found: list[KVPerplexity]) -> str:
+    lines = ["kv dtype  bytes per token  perplexity  change"]
+    lines += [
+        f"{one.kv_dtype:<8}  {one.token_nbytes:>15}  {one.perplexity:>10.4f}  {one.change * 100:+.3f} %"
+        for one in found
+    ]
+    return "\n".join(lines)
+
+
+def _run_weights(options: argparse.Namespace) -> int:
     from penstock.engine import quality  # noqa: PLC0415
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # a text longer than the context is meant
+    _expect_long_texts()
     errors = quality.layer_errors(options.model, options.packed)
     found = (
         quality.perplexity(options.model, options.packed, options.text, dtype=options.dtype, device=options.device)

@@ -53,6 +53,7 @@ from penstock.offload.cost import Machine
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes
+from penstock.offload.kv_dtype import check_kv_dtype
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -77,8 +78,9 @@ class LLM:
 
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
-    "auto" (the checkpoint's) or a torch dtype's name. `micro_batch_tokens`, `pass_tokens` and `device_layers` replace
-    the defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
+    "auto" (the checkpoint's) or a torch dtype's name. Keys and values rest as `kv_dtype`: "auto" (as they come),
+    "bf16", or quantised: "fp8", "int8", "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace the
+    defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
     lengths that it `expects` on this `hardware`; without either, the usual one. Code that is compiled for attention in
@@ -99,6 +101,7 @@ class LLM:
         pass_tokens: int | None = None,
         device_layers: int | None = None,
         io: ReadSettings | None = None,
+        kv_dtype: str = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
@@ -110,6 +113,7 @@ class LLM:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
         self._io = io or ReadSettings()
+        self._kv_dtype = check_kv_dtype(kv_dtype)
         self._closed = False
         self._generation: Generation | None = None
         limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
@@ -148,6 +152,7 @@ class LLM:
             cost=self._kv_cost,
             windows={layer.layer: layer.window for layer in self._shape.kv_windows},
             device=self._device,
+            kv_dtype=kv_dtype,
         )
         with ExitStack() as cleanup:
             self._homes = cleanup.enter_context(
@@ -156,6 +161,7 @@ class LLM:
                     cost=self._kv_cost,
                     host_nbytes=self.plan.kv_host_nbytes,
                     device=self._device,
+                    kv_dtype=kv_dtype,
                     kernel_directory=kernel_directory,
                     trace=trace,
                 )
@@ -185,7 +191,7 @@ class LLM:
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
         """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
-        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes)
+        shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype)
         self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
         if reason is not None:
@@ -259,6 +265,11 @@ class LLM:
     def model(self) -> StreamedModel:
         """The model as it is streamed: its config, its layouts, its vocabulary."""
         return self._model
+
+    @property
+    def kv_token_nbytes(self) -> int:
+        """Bytes that a token's keys and values take in all layers together."""
+        return self._shape.kv_token_nbytes
 
     @property
     def context_length(self) -> int | None:

@@ -23,7 +23,7 @@ from penstock.io.files import TensorEntry
 from penstock.offload.decode import read_tensor
 from penstock.offload.manifest import MANIFEST, open_stored
 
-__all__ = ["LayerError", "Perplexity", "layer_errors", "perplexity"]
+__all__ = ["WINDOW", "LayerError", "Perplexity", "layer_errors", "perplexity", "tokens_of"]
 
 WINDOW = 1024
 """Tokens that are predicted from an empty context together; models of shorter contexts go beyond them."""
@@ -119,16 +119,21 @@ def perplexity(
     device: str = "auto",
 ) -> Perplexity:
     """Compare the perplexity of a text file. Each model is whole in memory in its turn, else BudgetError."""
-    tokenizer = load_tokenizer(Path(packed))
+    tokens = tokens_of(text, load_tokenizer(Path(packed)))
+    found = [_perplexity(Path(path), tokens, dtype, device) for path in (model, packed)]
+    return Perplexity(len(tokens), *found)
+
+
+def tokens_of(text: str | PathLike[str], tokenizer: Any) -> list[int]:
+    """Return the tokens of a text file, of which there are at least 2. Raises PromptFileError."""
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PromptFileError(f"cannot be read: {error}", file=text) from error
-    tokens = tokenizer.encode(content, add_special_tokens=False)
+    tokens: list[int] = tokenizer.encode(content, add_special_tokens=False)
     if len(tokens) < 2:
         raise PromptFileError("too short to predict anything", file=text, wanted="at least 2 tokens", got=len(tokens))
-    found = [_perplexity(Path(path), tokens, dtype, device) for path in (model, packed)]
-    return Perplexity(len(tokens), *found)
+    return tokens
 
 
 def _perplexity(path: Path, tokens: Sequence[int], dtype: str, device: str) -> float:

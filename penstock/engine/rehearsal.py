@@ -41,14 +41,14 @@ COMPILED_TOKENS = {"cpu": 64, "cuda": 2048}
 """Micro-batches on which layers are compiled have at most so many tokens: enough to fill the device, and soon done."""
 
 
-def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -> ModelShape:
-    """Run `NUM_TOKENS` tokens through zeros and return what the model costs.
+def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, kv_dtype: str = "auto") -> ModelShape:
+    """Run `NUM_TOKENS` tokens through zeros and return what the model costs, keys and values resting as `kv_dtype`.
 
     Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.
     """
     layers = model.layer_layouts
     resident, scratch = _bind_to_zeros(model)
-    kv = KVStore(device=model.device)
+    kv = _store(model, kv_dtype, NUM_TOKENS)
     watch = _Watch()
     executor.weights = _Nothing(watch)
     batch = _Listening((Span(0, 0, NUM_TOKENS),), kv, MAX_SCORES)
@@ -71,6 +71,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
         kv_windows=windows,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -99,9 +100,11 @@ def rehearse_compiled(
     buffers = _bind_to_zeros(model)
     executor.weights = _Nothing(_Watch())
     with compiler.compiling():
-        _run(model, executor, MicroBatch(spans, KVStore(device=model.device), MAX_SCORES))
+        kv = _store(model, shape.kv_dtype, num_tokens)
+        _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
     if model.device.type == "cuda" and compiler.report().num_compiled:
-        before, kv = torch.cuda.memory_allocated(model.device), KVStore(device=model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        kv = _store(model, shape.kv_dtype, num_tokens)
         torch.cuda.reset_peak_memory_stats(model.device)
         _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
         peak = torch.cuda.max_memory_allocated(model.device) - before - kv.measure().of(num_tokens)
@@ -121,6 +124,13 @@ def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
     return resident, scratch
 
 
+def _store(model: StreamedModel, kv_dtype: str, num_tokens: int) -> KVStore:
+    """Return a store with sequence 0 of so many tokens, which takes what memory it needs."""
+    kv = KVStore(device=model.device, kv_dtype=kv_dtype)
+    kv.acquire(0, num_tokens=num_tokens)
+    return kv
+
+
 @dataclass(frozen=True)
 class _Listening(MicroBatch):
     """Knows what attention sees of each layer: so many tokens, or all of them (None)."""
@@ -136,7 +146,6 @@ class _Listening(MicroBatch):
 def _run(model: StreamedModel, executor: Executor, batch: MicroBatch) -> Tensor:
     """Run one prompt; return its last token's logits [1, vocab]."""
     num_tokens = batch.num_tokens
-    batch.kv.acquire(0, num_tokens=num_tokens)
     tokens = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
     keep = torch.tensor([num_tokens - 1], device=model.device)
     (logits,) = executor.run_pass([(batch, lambda: model.forward(batch, tokens, keep))])

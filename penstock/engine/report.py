@@ -176,6 +176,7 @@ class RunReport:
             "recomputed_tokens": self.recomputed_tokens,
             "device": self.device,
             "dtype": self.dtype,
+            "kv_dtype": self.plan.kv_dtype,
         }
 
     def explain(self) -> str:

@@ -165,6 +165,7 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
     case PENSTOCK_FLOAT32: function(__VA_ARGS__, PENSTOCK_FLOAT32); break;                                           \
     case PENSTOCK_BFLOAT16: function(__VA_ARGS__, PENSTOCK_BFLOAT16); break;                                         \
     case PENSTOCK_FLOAT16: function(__VA_ARGS__, PENSTOCK_FLOAT16); break;                                           \
+    case PENSTOCK_FLOAT8: function(__VA_ARGS__, PENSTOCK_FLOAT8); break;                                             \
     case PAIRS: function(__VA_ARGS__, PAIRS); break;                                                                 \
     case PAIRS_OF_INT8: function(__VA_ARGS__, PAIRS_OF_INT8); break;                                                 \
     default: function(__VA_ARGS__, PENSTOCK_INT8);                                                                   \

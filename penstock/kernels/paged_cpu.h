@@ -1,6 +1,6 @@
 /* The call from Python; cffi parses this file too, so there is nothing in it but declarations. Strides are in bytes. */
 
-enum penstock_dtype { PENSTOCK_FLOAT32, PENSTOCK_BFLOAT16, PENSTOCK_FLOAT16, PENSTOCK_INT8 };
+enum penstock_dtype { PENSTOCK_FLOAT32, PENSTOCK_BFLOAT16, PENSTOCK_FLOAT16, PENSTOCK_INT8, PENSTOCK_FLOAT8 };
 
 struct penstock_rows { /* [num_blocks, block_tokens, H, size], the last dimension contiguous */
     const void *data;

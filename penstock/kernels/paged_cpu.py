@@ -23,7 +23,8 @@ __all__ = ["AttendPaged", "CompiledAttention", "load_attend_paged"]
 _HERE = Path(__file__).parent
 SOURCE = Source(_HERE / "paged_cpu.c", (_HERE / "paged_cpu.h", _HERE / "vectors.h", _HERE / "workers.h"))
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+_QUANTISED = {torch.int8, torch.float8_e4m3fn}
 _ERRORS = {1: "a length or a block number is out of range", 2: "no memory for partial results"}
 
 AttendPaged = Callable[..., None]
@@ -102,7 +103,7 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
     assert keys.shape[3] == size, "keys have the queries' size"
     assert num_query_heads % keys.shape[2] == 0, "every key head serves equally many query heads"
     assert out.shape == (num_sequences, num_query_heads, values.shape[3]), "out has a row for each query head"
-    assert torch.int8 not in {query.dtype, out.dtype}, "queries and results are floating-point"
+    assert not _QUANTISED & {query.dtype, out.dtype}, "queries and results are not quantised"
     for tensor in (query, keys, values, out):
         assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, "the elements of a row are neighbours"
         assert tensor.device.type == "cpu", "the CPU's kernel takes the CPU's tensors"
@@ -116,7 +117,7 @@ def _check_table(block_table: Tensor, lengths: Tensor, num_sequences: int) -> No
 
 
 def _fill_rows(rows: Any, tensor: Tensor, scales: Tensor | None) -> None:
-    assert (scales is not None) == (tensor.dtype == torch.int8), "int8 rows have scales, others none"
+    assert (scales is not None) == (tensor.dtype in _QUANTISED), "quantised rows have scales, others none"
     rows.data, rows.dtype, rows.size = _pointer(tensor), _DTYPES[tensor.dtype], tensor.shape[3]
     rows.block_stride, rows.token_stride, rows.head_stride, _ = _strides(tensor)
     if scales is not None:

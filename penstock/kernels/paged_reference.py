@@ -32,9 +32,9 @@ def attend_paged(
     Token t of sequence n lies in keys [num_blocks, block_tokens, H, D] and values [num_blocks, block_tokens, H, Dv] at
     [block_table[n, t // block_tokens], t % block_tokens]; blocks may be shared. Of its `lengths[n]` tokens the query
     sees the last `window`, or all; a sequence without tokens gets zeros. Query, keys, values and out are bfloat16,
-    float16 or float32, each its own; keys and values may be int8, with one float32 factor for each token and head in
-    `key_scales` and `value_scales` [num_blocks, block_tokens, H]. Scores are made as `attention.Rule` says, `sinks`
-    [Hq] are float32, `block_table` [N, max_blocks] and `lengths` [N] int32. All arithmetic is float32.
+    float16 or float32, each its own; keys and values may be int8 or float8_e4m3fn, with one float32 factor for each
+    token and head in `key_scales` and `value_scales` [num_blocks, block_tokens, H]. Scores are made as `attention.Rule`
+    says, `sinks` [Hq] are float32, `block_table` [N, max_blocks] and `lengths` [N] int32. All arithmetic is float32.
     """
     num_heads, block_tokens = keys.shape[2], keys.shape[1]
     for row, (table, length) in enumerate(zip(block_table, lengths.tolist(), strict=True)):

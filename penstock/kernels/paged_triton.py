@@ -3,7 +3,9 @@
 One program takes the query heads of one key head (or a tile of them), so that keys are read once, and one part of one
 sequence, so that a few long sequences fill the card too; a second kernel joins the parts. How a sequence is cut depends
 on its own length alone, so its result does not depend on its neighbours. Sums and softmax are in float32. Where values
-are the first elements of the keys, as in latent attention, they are read once.
+are the first elements of the keys, as in latent attention, they are read once. Rows of one byte per element are
+multiplied as the small numbers they are, which 16-bit ones hold exactly; their scales are a factor of scores and of
+weights. Where two elements share a byte, each group has a scale, so elements are made whole first.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ def attend_paged(
     rule: Rule,
     max_length: int,
     workspace_nbytes: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     out: Tensor,
 ) -> None:
     """Attend as `penstock.kernels.paged.attend_paged` says, without waiting for the device. The rule has no bias."""
-    num_heads, value_size = query.shape[1], values.shape[-1]
+    num_heads, value_size = query.shape[1], out.shape[-1]
     seen = max_length if rule.window is None else min(max_length, rule.window)
     seen = seen if rule.chunk is None else min(seen, rule.chunk)
     num_parts = min(-(-seen // PART_TOKENS), MAX_PARTS)
@@ -48,7 +52,16 @@ def attend_paged(
     for first in range(0, query.shape[0], size):
         part = slice(first, first + size)
         _launch(
-            query[part], keys, values, block_table[part], lengths[part], rule=rule, num_parts=num_parts, out=out[part]
+            query[part],
+            keys,
+            values,
+            block_table[part],
+            lengths[part],
+            rule=rule,
+            num_parts=num_parts,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            out=out[part],
         )
 
 
@@ -61,12 +74,16 @@ def _launch(
     *,
     rule: Rule,
     num_parts: int,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
     out: Tensor,
 ) -> None:
     """Attend some sequences in at most `num_parts` parts each."""
     num_sequences, num_heads, size = query.shape
-    num_keys, value_size = keys.shape[2], values.shape[-1]
+    num_keys, value_size = keys.shape[2], out.shape[-1]
     assert query.stride(2) == out.stride(2) == block_table.stride(1) == 1
+    quantised = key_scales is not None
+    assert all(scales is None or scales.is_contiguous() for scales in (key_scales, value_scales))
     several = num_parts > 1
     parts = query.new_empty((num_sequences, num_heads, num_parts, value_size), dtype=torch.float32) if several else out
     weights = query.new_empty((num_sequences, num_heads, num_parts), dtype=torch.float32) if several else out
@@ -86,6 +103,8 @@ def _launch(
         query,
         keys,
         values,
+        key_scales if quantised else query,
+        value_scales if quantised else query,
         block_table,
         lengths,
         rule.sinks if rule.sinks is not None else query,
@@ -103,6 +122,11 @@ def _launch(
         rule.chunk or 0,
         HAS_SINKS=rule.sinks is not None,
         HAS_SOFTCAP=rule.softcap is not None,
+        SCALED=quantised and keys.dtype != torch.uint8,
+        KEY_GROUPS=_groups(key_scales),
+        KEY_GROUP=_group_size(keys, key_scales),
+        VALUE_GROUPS=_groups(value_scales),
+        VALUE_GROUP=_group_size(values, value_scales),
         SEVERAL=several,
         BLOCK_TOKENS=keys.shape[1],
         NUM_KEYS=num_keys,
@@ -114,7 +138,7 @@ def _launch(
         SIZE_PAD=max(triton.next_power_of_2(whole), 16),
         REST=size - whole,
         REST_PAD=max(triton.next_power_of_2(size - whole), 16),
-        TILE=64 if padded <= 128 else 32,
+        TILE=64 if padded <= 128 else 16 if latent and _groups(key_scales) else 32,  # steps need shared memory too
         num_warps=4 if heads * padded <= 4096 else 8,
         num_stages=3 if padded <= 128 else 2,
         **shared,
@@ -136,6 +160,15 @@ def _launch(
         )
 
 
+def _groups(scales: Tensor | None) -> int:
+    """Return how many groups a row of packed codes has; 0 for other rows."""
+    return scales.shape[3] if scales is not None and scales.dim() > 3 else 0
+
+
+def _group_size(codes: Tensor, scales: Tensor | None) -> int:
+    return 2 * codes.shape[-1] // _groups(scales) if _groups(scales) else 0
+
+
 @triton.jit
 def _first_key(length, window, chunk):
     """Return the first key that the last token sees."""
@@ -148,6 +181,31 @@ def _first_key(length, window, chunk):
 
 
 @triton.jit
+def _elements(rows, scales, row, place, real, like, ROW_SIZE: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """Load elements `place` of rows `row` in the dtype of `like`, still to be multiplied where a row has one scale."""
+    if GROUPS == 0:
+        made = tl.load(rows + row * ROW_SIZE + place, mask=real, other=0.0)
+        if made.dtype == tl.float8e4nv:
+            made = made.to(tl.float32)  # not every GPU makes bfloat16 of float8 directly
+    else:
+        half = GROUPS * GROUP // 2
+        packed = tl.load(rows + row * half + place % half, mask=real, other=0)
+        code = (packed >> (place // half * 4).to(tl.uint8)) & 15
+        pair = scales + (row * GROUPS + place // GROUP) * 2
+        step, offset = tl.load(pair, mask=real, other=0.0), tl.load(pair + 1, mask=real, other=0.0)
+        made = code.to(tl.float32) * step.to(tl.float32) + offset.to(tl.float32)
+    return made.to(like.dtype)
+
+
+@triton.jit
+def _scaled(numbers, places, there, SCALED: tl.constexpr):
+    """Multiply each column with the scale of its token's row."""
+    if SCALED:
+        numbers *= tl.load(places, mask=there, other=0.0)[None, :]
+    return numbers
+
+
+@triton.jit
 def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Return how many keys a part of so many has."""
     even = tl.cdiv(tl.cdiv(num_seen, MAX_PARTS), 64) * 64
@@ -156,10 +214,12 @@ def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["table_stride", "window", "chunk"])
 def _attend_part(
-    query, keys, values, table, lengths, sinks, out, parts, weights,
+    query, keys, values, key_scales, value_scales, table, lengths, sinks, out, parts, weights,
     table_stride, query_stride, query_head_stride, out_stride, out_head_stride,
     scale, softcap, window, chunk,
-    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SEVERAL: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SCALED: tl.constexpr, SEVERAL: tl.constexpr,
+    KEY_GROUPS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, VALUE_GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, NUM_KEYS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TILES: tl.constexpr,
     LATENT: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr,
     VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,
@@ -194,13 +254,19 @@ def _attend_part(
         there = tokens < end
         block = tl.load(table + sequence * table_stride + tokens // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
         row = (block * BLOCK_TOKENS + tokens % BLOCK_TOKENS) * NUM_KEYS + head
-        place = keys + row[None, :] * (SIZE + REST)
-        key = tl.load(place + columns[:, None], mask=there[None, :] & (columns < SIZE)[:, None], other=0.0)
+        real_key = there[None, :] & (columns < SIZE)[:, None]
+        key = _elements(
+            keys, key_scales, row[None, :], columns[:, None], real_key, asked, SIZE + REST, KEY_GROUPS, KEY_GROUP
+        )
         scores = tl.dot(asked, key)
         if REST > 0:
-            rest = tl.load(place + SIZE + others[:, None], mask=there[None, :] & (others < REST)[:, None], other=0.0)
+            real_rest = there[None, :] & (others < REST)[:, None]
+            rest = _elements(
+                keys, key_scales, row[None, :], SIZE + others[:, None], real_rest, asked, SIZE + REST,
+                KEY_GROUPS, KEY_GROUP,
+            )  # fmt: skip
             scores = tl.dot(asked_rest, rest, scores)
-        scores *= scale
+        scores = _scaled(scores * scale, key_scales + row, there, SCALED)
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = tl.where(there[None, :], scores * 1.4426950408889634, float("-inf"))
@@ -211,11 +277,12 @@ def _attend_part(
         if LATENT:
             value = tl.trans(key)
         else:
-            value = tl.load(
-                values + row[:, None] * VALUE_SIZE + places[None, :],
-                mask=there[:, None] & (places < VALUE_SIZE)[None, :],
-                other=0.0,
-            )
+            real_value = there[:, None] & (places < VALUE_SIZE)[None, :]
+            value = _elements(
+                values, value_scales, row[:, None], places[None, :], real_value, asked, VALUE_SIZE,
+                VALUE_GROUPS, VALUE_GROUP,
+            )  # fmt: skip
+        weight = _scaled(weight, value_scales + row, there, SCALED)
         made = made * shrink[:, None] + tl.dot(weight.to(value.dtype), value)
         best = higher
     made = made / total[:, None]

@@ -1,31 +1,93 @@
-"""Keys and values in int8, with one factor for each token and head: half the bytes of bfloat16, and rows stay apart.
+"""Rows of keys and values in fewer bits: what a row of one token and head becomes, and what comes back.
 
-Rows are quantised when they are appended and never again, so a token's bytes do not depend on what comes after it.
+Rows are quantised when they are stored and never again, so a token's bytes depend on nothing but its own row.
+
+    fp8    e4m3 numbers times one scale for the row, whose largest magnitude becomes e4m3's largest
+    int8   integers -127 .. 127 times one scale, whose largest magnitude becomes 127
+    int4   integers 0 .. 15 times a step, plus an offset, for each group of up to 32 neighbours
+
+Groups of a row are as even as can be, so no head size wastes more than a few codes. A byte of int4 holds element d of
+the padded row in its low half and, in its high half, the one half a row further on, so that unpacking moves no bytes.
+
+Shapes: rows [..., D]; codes [..., D] or [..., bytes]; scales [...], or [..., groups, 2] with step and offset.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["dequantise_rows", "quantise_rows"]
+__all__ = ["QUANTISE", "dequantise"]
 
-_LARGEST = 127
+FP8 = torch.float8_e4m3fn
+GROUP_SIZE = 32
+_LARGEST_FP8 = 448.0
+_LARGEST_INT8 = 127.0
+_LARGEST_INT4 = 15.0
 
 
-def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 [..., D] and float32 factors [...] of floating-point rows [..., D].
+def _scales(wide: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Return float32 scales [...] of float32 rows, NaN for rows that are not finite, and what to divide rows by."""
+    top = wide.abs().amax(-1)
+    scales = (top / largest).masked_fill_(~top.isfinite(), torch.nan)
+    return scales, _divisors(scales)[..., None]
 
-    A row's largest magnitude becomes 127, so every element is off by at most half of the row's factor, and a little
-    rounding. Rows of zeros have the factor 0; rows that hold infinities or NaN have NaN, and stay no numbers.
-    """
+
+def _divisors(scales: Tensor) -> Tensor:
+    """Return what to divide by: 1 for rows of zeros, or of no numbers."""
+    return scales.float().masked_fill(~(scales > 0), 1.0)
+
+
+def _quantise_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     wide = rows.float()
-    largest = wide.abs().amax(-1)
-    factors = torch.where(largest.isfinite(), largest / _LARGEST, torch.nan)
-    steps = wide / torch.where(factors > 0, factors, 1.0)[..., None]
-    return steps.round().nan_to_num(0.0).clamp(-_LARGEST, _LARGEST).to(torch.int8), factors
+    scales, divisors = _scales(wide, _LARGEST_FP8)
+    scaled = (wide / divisors).nan_to_num_(0.0)  # a quotient just above the largest would become NaN
+    return scaled.clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(FP8), scales
 
 
-def dequantise_rows(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return float32 rows [..., D] of int8 rows [..., D] and their factors [...]."""
-    return rows.float() * factors[..., None]
+def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    wide = rows.float()
+    scales, divisors = _scales(wide, _LARGEST_INT8)
+    steps = (wide / divisors).round_().nan_to_num_(0.0)
+    return steps.clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8), scales
+
+
+def _group_size(size: int) -> int:
+    """Return how many neighbours of a row of `size` share a step: an even number, so that two groups fill bytes."""
+    even = -(-size // -(-size // GROUP_SIZE))
+    return even + even % 2
+
+
+def _quantise_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps and offsets are bfloat16; codes are chosen for the rounded ones. What is not finite makes its group NaN."""
+    size = rows.shape[-1]
+    group = _group_size(size)
+    wide = pad(rows.float(), (0, -size % group)).unflatten(-1, (-1, group))
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    offset = low.bfloat16()
+    step = ((high - offset.float()).clamp_(min=0) / _LARGEST_INT4).bfloat16()
+    finite = (low - high).isfinite()
+    scales = torch.cat([step, offset], -1).masked_fill_(~finite, torch.nan)
+    steps = ((wide - offset.float()) / _divisors(step)).round_().nan_to_num_(0.0).clamp_(0, _LARGEST_INT4)
+    low_half, high_half = steps.to(torch.uint8).flatten(-2).chunk(2, -1)
+    return low_half | high_half << 4, scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, size: int) -> Tensor:
+    """Return float32 rows of codes and scales, or their first `size` elements."""
+    if codes.dtype != torch.uint8:
+        rows: Tensor = codes[..., :size].float().mul_(scales[..., None])
+        return rows
+    steps: Tensor = torch.cat([codes & 15, codes >> 4], -1).unflatten(-1, (scales.shape[-2], -1)).float()
+    return steps.mul_(scales[..., :1]).add_(scales[..., 1:]).flatten(-2)[..., :size]
+
+
+QUANTISE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "fp8": _quantise_fp8,
+    "int8": _quantise_int8,
+    "int4": _quantise_int4,
+}
+"""By the name of the dtype, what makes codes and scales of rows."""

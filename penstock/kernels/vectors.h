@@ -28,6 +28,7 @@ typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
+typedef uint8_t octets __attribute__((vector_size(LANES)));
 
 INLINE floats splat(float value) { return value - (floats){0}; }
 
@@ -45,8 +46,8 @@ INLINE floats choose(integers mask, floats one, floats other) {
 }
 
 /* Factors of a product as pairs of bfloat16: half the instructions, and products as exact as in float32. */
-#define PAIRS 4
-#define PAIRS_OF_INT8 5
+#define PAIRS 5
+#define PAIRS_OF_INT8 6
 #if defined(__AVX512BF16__) && LANES == 16
 #define HAS_PAIRS 1
 #else
@@ -54,7 +55,8 @@ INLINE floats choose(integers mask, floats one, floats other) {
 #endif
 
 INLINE int64_t size_of(int dtype) {
-    return dtype == PENSTOCK_FLOAT32 ? 4 : dtype == PENSTOCK_INT8 || dtype == PAIRS_OF_INT8 ? 1 : 2;
+    const int is_byte = dtype == PENSTOCK_INT8 || dtype == PENSTOCK_FLOAT8 || dtype == PAIRS_OF_INT8;
+    return dtype == PENSTOCK_FLOAT32 ? 4 : is_byte ? 1 : 2;
 }
 
 /* How keys are multiplied with queries. */
@@ -96,6 +98,20 @@ INLINE floats load_float16(const char *from) {
 #endif
 }
 
+/* e4m3: the exponents' biases differ by 120; the product is exact, for subnormal numbers too. There is no infinity. */
+INLINE floats load_float8(const char *from) {
+#if LANES == 16
+    words bits = (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
+    octets raw;
+    memcpy(&raw, from, sizeof raw);
+    words bits = __builtin_convertvector(raw, words);
+#endif
+    words sign = (bits & 0x80) << 24, rest = (bits & 0x7f) << 20;
+    words finite = (words)((floats)rest * 0x1p120f), none = (words)(rest == (0x7fu << 20)) & 0x7fc00000u;
+    return (floats)(sign | finite | none);
+}
+
 INLINE floats load_vector(const char *from, int dtype) {
     if (dtype == PENSTOCK_FLOAT32 || dtype == PAIRS) {
         floats vector;
@@ -104,6 +120,8 @@ INLINE floats load_vector(const char *from, int dtype) {
     }
     if (dtype == PENSTOCK_FLOAT16)
         return load_float16(from);
+    if (dtype == PENSTOCK_FLOAT8)
+        return load_float8(from);
     if (dtype == PENSTOCK_BFLOAT16) {
 #if LANES == 16
         return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);

@@ -44,6 +44,7 @@ class KVGroups:
         cost: KVCost,
         windows: Mapping[int, int],
         device: torch.device | str = "cpu",
+        kv_dtype: str = "auto",
     ) -> None:
         self._limit = limit_nbytes
         self._cost = cost
@@ -54,7 +55,9 @@ class KVGroups:
         self._peak = 0
         self._closed = False
         self._stores: dict[int | None, KVStore] = {
-            window: (KVStore if window is None else WindowKV)(limit_nbytes=0, cost=part, device=device)
+            window: (KVStore if window is None else WindowKV)(
+                limit_nbytes=0, cost=part, device=device, kv_dtype=kv_dtype
+            )
             for window, part in self._parts.items()
         }
         self.prepare((TYPICAL_TOKENS,))
@@ -176,9 +179,14 @@ class KVGroups:
 
 
 def open_kv(
-    *, limit_nbytes: int, cost: KVCost, windows: Mapping[int, int], device: torch.device | str = "cpu"
+    *,
+    limit_nbytes: int,
+    cost: KVCost,
+    windows: Mapping[int, int],
+    device: torch.device | str = "cpu",
+    kv_dtype: str = "auto",
 ) -> KVStore | KVGroups:
     """Return the store for layers of which some have windows, or none."""
     if not windows:
-        return KVStore(limit_nbytes=limit_nbytes, cost=cost, device=device)
-    return KVGroups(limit_nbytes=limit_nbytes, cost=cost, windows=windows, device=device)
+        return KVStore(limit_nbytes=limit_nbytes, cost=cost, device=device, kv_dtype=kv_dtype)
+    return KVGroups(limit_nbytes=limit_nbytes, cost=cost, windows=windows, device=device, kv_dtype=kv_dtype)

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class KVHomes:
 
     `host_nbytes` of host RAM, in whole blocks, are taken at once, pinned for CUDA. `cost` is the device store's. The
     kernel for attention there is kept in `kernel_directory`, if given, for the next process. Without room for a block
-    in host RAM the device is the only home.
+    in host RAM the device is the only home. Keys and values rest as the store's `kv_dtype`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class KVHomes:
         *,
         cost: KVCost,
         host_nbytes: int = 0,
+        kv_dtype: str = "auto",
         device: torch.device | str = "cpu",
         kernel_directory: Path | None = None,
         trace: Trace | None = None,
@@ -71,11 +72,12 @@ class KVHomes:
         with ExitStack() as cleanup:
             cleanup.callback(store.close)
             if num_blocks:
-                self._host = self._open_host(num_blocks, torch.device(device), kernel_directory, trace, cleanup)
+                options: dict[str, Any] = {"device": torch.device(device), "kv_dtype": kv_dtype, "trace": trace}
+                self._host = self._open_host(num_blocks, kernel_directory, cleanup, **options)
             self._exit = cleanup.pop_all()
 
     def _open_host(
-        self, num_blocks: int, device: torch.device, directory: Path | None, trace: Trace | None, cleanup: ExitStack
+        self, num_blocks: int, directory: Path | None, cleanup: ExitStack, *, device: torch.device, **options: Any
     ) -> HostKV:
         def allocate(nbytes: int) -> Tensor:
             memory = cleanup.enter_context(HostMemory(nbytes, pin=device.type == "cuda"))
@@ -88,7 +90,7 @@ class KVHomes:
             device=device,
             attend=load_attend_paged(directory),
             num_threads=max(available_cores() - OTHER_THREADS, 1),
-            trace=trace,
+            **options,
         )
         cleanup.callback(host.close)
         return host

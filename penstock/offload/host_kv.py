@@ -24,6 +24,7 @@ from penstock.offload.clock import Clock, Stopwatch
 from penstock.offload.copies import CudaClock
 from penstock.offload.groups import KVGroups
 from penstock.offload.kv import KVStore, Places, Tokens
+from penstock.offload.kv_rows import encode
 from penstock.offload.trace import ATTENTION, STALLS, Trace
 
 __all__ = ["STAGED_NBYTES", "HostKV", "HostRows"]
@@ -40,8 +41,8 @@ T = TypeVar("T")
 class HostRows:
     """What one layer keeps in host RAM of a micro-batch's sequences.
 
-    `kinds` are shape and dtype of a token's rows. `new` [T, H, ...] are the rows that were just stored, still on the
-    device; none where another layer has stored them.
+    `kinds` are shape and dtype of a token's rows. `new` [T, H, ...] are the rows that were just stored, as they are
+    stored, still on the device; none where another layer has stored them.
     """
 
     home: HostKV
@@ -99,9 +100,12 @@ class HostKV:
         device: torch.device,
         attend: AttendPaged,
         num_threads: int,
+        kv_dtype: str = "auto",
         trace: Trace | None = None,
     ) -> None:
         self.store = store
+        self._kv_dtype = kv_dtype
+        self.has_kernel = kv_dtype != "int4"  # else `attend` cannot read the rows
         self.state, self.keep_state = states.state, states.keep_state
         self._attend = attend
         self._num_threads = num_threads
@@ -127,16 +131,19 @@ class HostKV:
     def append(self, layer: int, places: Places, *rows: Tensor) -> HostRows:
         """Send one layer's new rows of a micro-batch on their way, [T, H, ...] each on the device."""
         kinds = self._kinds[layer] = tuple((tuple(row.shape[1:]), row.dtype) for row in rows)
-        nbytes = sum(row.numel() * row.element_size() for row in rows)
+        coded = tuple(encode(row, self._kv_dtype) for row in rows)
+        nbytes = sum(row.nbytes for row in coded)
         self._make_room(nbytes)
-        staged, arrived = self._stage(rows)
+        parts, arrived = self._stage([part for row in coded for part in row.parts])
+        left = iter(parts)
+        staged = tuple(row.map(lambda _: next(left)) for row in coded)
 
         def store() -> None:
             arrived()
-            self.store.append(layer, places, *staged)
+            self.store.put(layer, places, staged)
 
         self._storing.append((self._submit(store), nbytes))
-        return HostRows(self, layer, places, kinds, rows)
+        return HostRows(self, layer, places, kinds, tuple(row.whole() for row in coded))
 
     def read(self, layer: int, places: Places) -> HostRows:
         """Return what `append` stored for this layer: layers that share another layer's keys use it."""
@@ -154,18 +161,20 @@ class HostKV:
 
         def work() -> Tensor:
             arrived()
-            keys, values = kept.both(self.store.read(kept.layer, places).blocks)
+            rows = self.store.read(kept.layer, places)
+            rows = rows if kept.shared is None else rows.sharing_values(kept.shared)
             begun = time.perf_counter()
             self._attend(
                 staged[0],
-                keys,
-                values,
+                *rows.blocks,
                 places.singles.table[:count],
                 places.singles.lengths[:count],
                 scale=rule.scale,
                 window=rule.window,
                 softcap=rule.softcap,
                 sinks=None if rule.sinks is None else staged[1].float(),
+                key_scales=rows.scales[0],
+                value_scales=rows.scales[1],
                 num_threads=self._num_threads,
                 out=out,
             )
@@ -183,7 +192,7 @@ class HostKV:
         That is where they are stored, if they are one piece there, or else staging memory.
         """
         length, count = kept.known(index), heads.stop - heads.start
-        is_whole = kept.places.firsts[index] is not None and count == kept.num_heads
+        is_whole = kept.places.firsts[index] is not None and count == kept.num_heads and self._kv_dtype == "auto"
         shapes = () if is_whole else ((length, count, *shape[1:]) for shape, _ in kept.kinds)
         staged = tuple(self._staging(shape, dtype) for shape, (_, dtype) in zip(shapes, kept.kinds, strict=False))
 

@@ -11,7 +11,7 @@ ends or gives way to another one. Within what it has reserved it never waits for
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from penstock.errors import ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
+from penstock.offload.kv_dtype import check_kv_dtype
+from penstock.offload.kv_rows import CodedRows, KeptRows, encode, open_rows
 
 __all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
 
@@ -88,29 +90,54 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one layer keeps of a micro-batch's sequences: tensors [num_blocks, block_tokens, H, ...], and the places."""
+    """What one layer keeps of a micro-batch's sequences, and the places.
 
-    blocks: tuple[Tensor, ...]
+    With `shared_size`, all that is kept are keys, whose first `shared_size` elements are the values.
+    """
+
+    kept: tuple[KeptRows, ...]
     places: Places
+    shared_size: int | None = None
+
+    @property
+    def blocks(self) -> tuple[Tensor, ...]:
+        """What rows rest as, [num_blocks, block_tokens, H, ...] each."""
+        codes = tuple(kept.codes for kept in self.kept)
+        return codes if self.shared_size is None else (codes[0], self.kept[0].first(self.shared_size))
+
+    @property
+    def scales(self) -> tuple[Tensor | None, ...]:
+        """What quantised rows are multiplied with, for each of `blocks`; None where they are not quantised."""
+        scales = tuple(kept.scales for kept in self.kept)
+        return scales if self.shared_size is None else scales * 2
+
+    @property
+    def value_size(self) -> int:
+        """Elements of a value."""
+        return self.kept[-1].size if self.shared_size is None else self.shared_size
 
     def of(self, index: int, heads: slice = slice(None)) -> tuple[Tensor, ...]:
-        """Return all tokens of one sequence, [L, H, ...] each: views of one run of blocks, or copies of several."""
+        """Return all tokens of one sequence in the model's dtype, [L, H, ...] each.
+
+        They are views where its blocks are one run and rows rest as they came, else copies.
+        """
         length, first = self.places.ends[index], self.places.firsts[index]
         if first is not None:
-            return tuple(kept.flatten(0, 1)[first : first + length, heads] for kept in self.blocks)
-        used = self.places.table[index, : -(-length // self.blocks[0].shape[1])]
-        return tuple(kept[:, :, heads].index_select(0, used).flatten(0, 1)[:length] for kept in self.blocks)
+            made = tuple(kept.read_run(first, length, heads) for kept in self.kept)
+        else:
+            used = self.places.table[index, : -(-length // self.blocks[0].shape[1])]
+            made = tuple(kept.read_blocks(used, length, heads) for kept in self.kept)
+        return made if self.shared_size is None else (made[0], made[0][..., : self.shared_size])
 
     def sharing_values(self, size: int) -> Rows:
         """Return keys and values, where all that is kept are keys whose first `size` elements are the values."""
-        (keys,) = self.blocks
-        return Rows((keys, keys[..., :size]), self.places)
+        assert len(self.kept) == 1, "there are keys only"
+        return replace(self, shared_size=size)
 
     def copy_nbytes(self, index: int) -> int:
-        """Bytes that `of` copies for all heads of one sequence; 0 where it returns views."""
-        if self.places.firsts[index] is not None:
-            return 0
-        token = sum(prod(kept.shape[2:]) * kept.element_size() for kept in self.blocks)
+        """Bytes that `of` takes for all heads of one sequence; 0 where it returns views."""
+        scattered = self.places.firsts[index] is None
+        token = sum(kept.copy_nbytes(scattered=scattered) for kept in self.kept)
         return token * (self.places.ends[index] + self.blocks[0].shape[1])
 
     def head_groups(self, index: int, limit_nbytes: int) -> Iterator[slice]:
@@ -138,7 +165,8 @@ class KVStore:
     `cost` is what admission charges. The blocks are one allocation on `device`, made here and again only between runs,
     when sequences of other lengths come and so what they keep besides blocks takes another share of the limit.
     `limit_nbytes=None` means that the caller does the counting (a rehearsal): then blocks grow as sequences come.
-    `allocate` gives flat uint8 memory on the device in other ways than torch's.
+    `allocate` gives flat uint8 memory on the device in other ways than torch's. Keys and values rest as `kv_dtype`
+    (`KV_DTYPES`), states as they are.
     """
 
     parks = False
@@ -150,15 +178,17 @@ class KVStore:
         limit_nbytes: int | None = None,
         cost: KVCost | None = None,
         device: torch.device | str = "cpu",
+        kv_dtype: str = "auto",
         allocate: Callable[[int], Tensor] | None = None,
     ) -> None:
+        self._kv_dtype = check_kv_dtype(kv_dtype)
         self._limit = limit_nbytes
         self._cost = cost or KVCost(0, block_tokens=BLOCK_TOKENS)
         self._device = torch.device(device)
         self._allocate = allocate or self._allocate_there
         self._sequences: dict[Hashable, _Sequence] = {}
         self._allocator = BlockAllocator()
-        self._layers: dict[int, tuple[Tensor, ...]] = {}
+        self._layers: dict[int, tuple[KeptRows, ...]] = {}
         self._pool: Tensor | None = None
         self._carved = 0
         self._reserved = 0
@@ -301,24 +331,29 @@ class KVStore:
     def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
         """Store one layer's new rows of a micro-batch, [T, H, ...] each, and return all that it keeps of its sequences.
 
-        The rows are copied to where `places` says; what is returned is valid until a sequence is released.
+        The rows are copied to where `places` says; what is returned is valid until a sequence is released. Attention
+        must read them there, new ones too: how a prompt is cut into spans then changes no row that it sees.
         """
+        return self.put(layer, places, tuple(encode(row, self._kv_dtype) for row in rows))
+
+    def put(self, layer: int, places: Places, rows: Sequence[CodedRows]) -> Rows:
+        """Store rows as `append` does, which have been encoded before."""
         kept = self._layers.get(layer)
-        if kept is None or kept[0].shape[0] < self._allocator.num_blocks:
+        if kept is None or kept[0].codes.shape[0] < self._allocator.num_blocks:
             kept = self._layers[layer] = self._open(kept, rows)
-        for blocks, new in zip(kept, rows, strict=True):
-            blocks.flatten(0, 1).index_copy_(0, places.slots, new)
+        for each, new in zip(kept, rows, strict=True):
+            each.write(places.slots, new)
         return Rows(kept, places)
 
     def read(self, layer: int, places: Places) -> Rows:
         """Return what `append` last returned for this layer: layers that share another layer's keys use it."""
         return Rows(self._layers[layer], places)
 
-    def _open(self, known: tuple[Tensor, ...] | None, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _open(self, known: tuple[KeptRows, ...] | None, rows: Sequence[CodedRows]) -> tuple[KeptRows, ...]:
         """Give a layer its part of the pool, when it first stores something; without a limit, a larger one."""
-        made = tuple(self._carve(row) for row in rows)
+        made = tuple(open_rows(row, self._carve) for row in rows)
         for new, old in zip(made, known or (), strict=False):
-            new[: old.shape[0]] = old
+            new.take(old)
         return made
 
     def _carve(self, row: Tensor) -> Tensor:
@@ -348,10 +383,7 @@ class KVStore:
 
     def layer_nbytes(self) -> dict[int, int]:
         """Return what each layer keeps of a token."""
-        return {
-            layer: sum(prod(kept.shape[2:]) * kept.element_size() for kept in blocks)
-            for layer, blocks in self._layers.items()
-        }
+        return {layer: sum(rows.token_nbytes for rows in kept) for layer, kept in self._layers.items()}
 
     def measure(self) -> KVCost:
         """Return what a sequence really costs, from what the layers and the running sequences have stored so far."""

@@ -38,8 +38,8 @@ class ModelShape:
     `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
     `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
-    `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes; of the former, the layers of
-    `kv_windows` keep only so many tokens.
+    `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
+    `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens.
     """
 
     resident_nbytes: int
@@ -51,6 +51,7 @@ class ModelShape:
     kv_token_nbytes: int
     kv_sequence_nbytes: int
     kv_windows: tuple[WindowLayer, ...] = ()
+    kv_dtype: str = "auto"
 
     @property
     def kv_cost(self) -> KVCost:
@@ -105,6 +106,7 @@ class Plan:
     host_nbytes: int
     nvme_nbytes: int
     kv_host_nbytes: int = 0
+    kv_dtype: str = "auto"
 
     @property
     def device_nbytes(self) -> int:
@@ -119,14 +121,15 @@ class Plan:
     def explain(self) -> str:
         """Say in a few lines where everything is."""
         counts = {tier: len(self.layers_in(tier)) for tier in Tier}
+        kept = "keys and values" if self.kv_dtype == "auto" else f"keys and values as {self.kv_dtype}"
         return "\n".join(
             (
                 f"device  {format_size(self.device_nbytes)}: resident unit {format_size(self.resident_nbytes)}, "
                 f"{counts[Tier.DEVICE]} layers {format_size(self.device_layer_nbytes)}, "
                 f"{self.num_slots} slots of {format_size(self.slot_nbytes)}, "
-                f"keys and values {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
+                f"{kept} {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
                 f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}"
-                + (f"; keys and values {format_size(self.kv_host_nbytes)}" if self.kv_host_nbytes else ""),
+                + (f"; {kept} {format_size(self.kv_host_nbytes)}" if self.kv_host_nbytes else ""),
                 f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass",
                 f"pass    up to {self.pass_tokens} tokens in micro-batches of {self.micro_batch_tokens}",
             )
@@ -198,6 +201,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         host_nbytes=sum(shape.wire_nbytes[index] for index in in_host),
         nvme_nbytes=nvme_nbytes,
         kv_host_nbytes=kv_host,
+        kv_dtype=shape.kv_dtype,
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.offload.kv import KVStore, Places, Rows, Tokens
+from penstock.offload.kv_rows import CodedRows
 
 __all__ = ["WindowKV"]
 
@@ -35,14 +36,18 @@ class _WindowPlaces(Places):
 
 @dataclass(frozen=True, slots=True)
 class _WindowRows(Rows):
-    """`together` has what several new tokens of a sequence see, themselves included, by the sequence's index."""
+    """`together` has what several new tokens of a sequence see, themselves included, by the sequence's index.
+
+    These are as they are stored: made whole again, where they have been quantised.
+    """
 
     together: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def of(self, index: int, heads: slice = slice(None)) -> tuple[Tensor, ...]:
         """Return the last tokens of one sequence, [L, H, ...] each: all that the new ones see, or a few more."""
         if index in self.together:
-            return tuple(rows[:, heads] for rows in self.together[index])
+            made = tuple(rows[:, heads] for rows in self.together[index])
+            return made if self.shared_size is None else (made[0], made[0][..., : self.shared_size])
         return self._in_blocks().of(index, heads)
 
     def copy_nbytes(self, index: int) -> int:
@@ -89,17 +94,18 @@ class WindowKV(KVStore):
         staging = torch.empty(made.shape, dtype=made.dtype, pin_memory=self._device.type == "cuda")
         return staging.copy_(made).to(self._device, non_blocking=True)
 
-    def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
-        """Store one layer's new rows of a micro-batch, [T, H, ...] each, as far as later ones see them."""
+    def put(self, layer: int, places: Places, rows: Sequence[CodedRows]) -> Rows:
+        """Store one layer's new rows of a micro-batch as far as later ones see them."""
         assert isinstance(places, _WindowPlaces)
         together = {}
+        whole = [row.whole() for row in rows] if len(places.ends) > places.singles.count else []
         for index, (begin, end) in enumerate(zip(places.offsets, places.offsets[1:], strict=False)):
             if end - begin > 1:
-                new = tuple(row[begin:end] for row in rows)
+                new = tuple(row[begin:end] for row in whole)
                 together[index] = self._after_old(layer, places.seen, index, new) if places.seen.ends[index] else new
-        if places.stored is not None:
-            rows = tuple(row.index_select(0, places.stored) for row in rows)
-        kept = super().append(layer, places, *rows)
+        if (stored := places.stored) is not None:
+            rows = [row.select(stored) for row in rows]
+        kept = super().put(layer, places, rows)
         return _WindowRows(**_fields(kept, Rows), together=together)
 
     def _after_old(self, layer: int, seen: Places, index: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

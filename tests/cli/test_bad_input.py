@@ -279,6 +279,7 @@ def test_a_prompt_that_is_too_long(tmp_path, capsys, nothing_left):
         (["--device", "tpu"], "DeviceError"),
         (["--device", "cuda:77"], "DeviceError"),
         (["--dtype", "float8"], "ConfigError"),
+        (["--kv-dtype", "int3"], "ConfigError: not a dtype of keys and values"),
         (["--temperature", "-1"], "ConfigError"),
         (["--micro-batch-tokens", "0"], "ConfigError"),
         (["--verify", "--temperature", "1"], "ConfigError"),

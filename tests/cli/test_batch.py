@@ -162,7 +162,11 @@ def test_memory_may_differ_when_a_job_goes_on_but_nothing_else(batch, stop_after
     stop_after(10, signal.SIGTERM)
     assert batch()[0] == 143
     monkeypatch.undo()
-    for options, name in ((["--max-tokens", "3"], "parameters"), (["--dtype", "bfloat16"], "dtype")):
+    for options, name in (
+        (["--max-tokens", "3"], "parameters"),
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--kv-dtype", "int8"], "kv_dtype"),
+    ):
         status, err = batch(*options)
         assert status == 1
         assert f"JournalError: {batch.part}: this journal belongs to a job with another {name}" in err

@@ -55,3 +55,29 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
     assert status == 1
     assert "no groups" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_quality_of_keys_and_values(tmp_path, capsys):
+    text = tmp_path / "text.py"
+    text.write_text("class Stack:\n    def __init__(self):\n        self.items = []\n" * 30)
+    wanted = ["--kv-dtype", "bf16", "--kv-dtype", "int8", "--kv-dtype", "int4", "--text", text, "--device", "cpu"]
+    status, printed, _ = run(capsys, "quality", DEFAULT_MODEL, *wanted, "--dtype", "float32", "--json")
+    assert status == 0
+    auto, *others = json.loads(printed)["kv"]
+    assert (auto["kv_dtype"], auto["change"], auto["token_nbytes"]) == ("auto", 0, 12 * 2 * 2 * 32 * 4)
+    assert [one["token_nbytes"] for one in others] == [12 * 2 * 2 * size for size in (64, 32 + 4, 16 + 4)]
+    assert [one["kv_dtype"] for one in others] == ["bf16", "int8", "int4"]
+    for one, bound in zip(others, (0.002, 0.01, 0.2), strict=True):
+        assert abs(one["change"]) < bound
+    status, printed, _ = run(capsys, "quality", DEFAULT_MODEL, *wanted[-6:])
+    assert status == 0
+    assert printed.splitlines()[0] == "kv dtype  bytes per token  perplexity  change"
+    for bad, message in (
+        ((), "either weights or keys and values"),
+        ((DEFAULT_MODEL, "--kv-dtype", "int8"), "either weights or keys and values"),
+        (("--kv-dtype", "int8"), "Add --text"),
+        (("--kv-dtype", "int9", "--text", text), "not a dtype of keys and values"),
+    ):
+        status, _, error = run(capsys, "quality", DEFAULT_MODEL, *bad)
+        assert status == 1
+        assert message in error

@@ -100,15 +100,15 @@ def test_an_error_of_attention_comes_out_as_itself_and_the_model_stays_usable(ll
 
 def test_an_error_of_storing_comes_out_as_itself_and_the_model_stays_usable(llm, expected, monkeypatch):
     store = llm._homes._host.store
-    append, calls = store.append, []
+    put, calls = store.put, []
 
     def fails(layer, *args):
         calls.append(layer)
         if len(calls) == 8:
             raise ValueError("scripted")
-        return append(layer, *args)
+        return put(layer, *args)
 
-    monkeypatch.setattr(store, "append", fails)
+    monkeypatch.setattr(store, "put", fails)
     with pytest.raises(ValueError, match="scripted"):
         llm.generate(PROMPTS, GREEDY)
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected

@@ -22,9 +22,14 @@ def few_on_the_device(shape, *limits):
     return replace(make_plan(shape, *limits), kv_nbytes=nbytes)
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [64, 7])
+@pytest.mark.parametrize(
+    ("micro_batch_tokens", "kv_dtype"),
+    [(64, "auto"), (7, "auto"), (64, "fp8"), (7, "int8"), (64, "int8"), (64, "int4"), (7, "int4")],
+)
 @pytest.mark.parametrize("hosted", [False, True])
-def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_batch_tokens, hosted, kernel_directory):
+def test_passes_of_prefill_and_decode_never_wait(
+    tiny_llama, monkeypatch, micro_batch_tokens, kv_dtype, hosted, kernel_directory
+):
     """The first run compiles kernels and fills caches; the second is watched. Tokens are chosen outside of passes.
 
     What waits for attention in host RAM waits for another thread.
@@ -46,7 +51,7 @@ def test_passes_of_prefill_and_decode_never_wait(tiny_llama, monkeypatch, micro_
     tiers = MemoryTiers(device="40MiB", host="4MiB" if hosted else 0, kv_host="4MiB" if hosted else 0)
     if hosted:
         monkeypatch.setattr("penstock.engine.llm.make_plan", few_on_the_device)
-    options = {"micro_batch_tokens": micro_batch_tokens, "kernel_directory": kernel_directory}
+    options = {"micro_batch_tokens": micro_batch_tokens, "kv_dtype": kv_dtype, "kernel_directory": kernel_directory}
     with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", **options) as llm:
         first = llm.generate(prompts, params)
         monkeypatch.setattr(Executor, "run_pass", watched)

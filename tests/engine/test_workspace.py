@@ -24,10 +24,13 @@ def save(path, family):
     assert json.loads((path / "config.json").read_text())["model_type"] == family
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama", "mistral"])
-def test_attention_over_a_long_prompt_stays_within_its_workspace(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("gemma2", "auto"), ("llama", "auto"), ("mistral", "auto"), ("gemma2", "int4"), ("llama", "int8")],
+)
+def test_attention_over_a_long_prompt_stays_within_its_workspace(tmp_path, family, kv_dtype):
     save(tmp_path, family)
-    with LLM(tmp_path, tiers=MemoryTiers(device="32MiB", host=0), device="cpu") as llm:
+    with LLM(tmp_path, tiers=MemoryTiers(device="32MiB", host=0), device="cpu", kv_dtype=kv_dtype) as llm:
         logits = llm._kv._cost.sequence_nbytes
         llm._kv.prepare([5001], least=[5001])  # keys and values have their memory already
         with _Watch() as watch:

@@ -11,6 +11,8 @@ from torch import Tensor
 from penstock.kernels import paged_reference
 from penstock.kernels.paged_cpu import AttendPaged
 
+QUANTISED = {torch.int8, torch.float8_e4m3fn}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -71,7 +73,7 @@ def make(case: Case) -> Call:
     rows = []
     for name, each in (("key_scales", size), ("value_scales", value_size)):
         made = torch.randn(num_blocks, case.block_tokens, num_heads, each, generator=generator)
-        if case.dtype == torch.int8:
+        if case.dtype in QUANTISED:
             made = (made * 40).clamp(-127, 127)
             keywords[name] = torch.rand(made.shape[:3], generator=generator) / 40
             keywords[name][~used] = float("nan")
@@ -79,7 +81,7 @@ def make(case: Case) -> Call:
         rows.append(made.to(case.dtype))
     if case.sinks:
         keywords["sinks"] = torch.randn(num_query_heads, generator=generator)
-    query_dtype = case.query_dtype or (torch.bfloat16 if case.dtype == torch.int8 else case.dtype)
+    query_dtype = case.query_dtype or (torch.bfloat16 if case.dtype in QUANTISED else case.dtype)
     query = torch.randn(len(needed), num_query_heads, size, generator=generator).to(query_dtype)
     out = torch.empty(len(needed), num_query_heads, value_size, dtype=case.out_dtype)
     return Call((query, *rows, table, torch.tensor(case.lengths, dtype=torch.int32)), keywords, out)

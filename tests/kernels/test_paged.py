@@ -13,6 +13,7 @@ from torch import Tensor
 from penstock.engine.batch import Span
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged import attend_paged, find_paged
+from penstock.kernels.quant_kv import QUANTISE, dequantise
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0, -3.0])
 RULES = {
@@ -37,6 +38,7 @@ class Case:
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
         latent: bool = False,
+        code: str | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         counts = [-(-length // block_tokens) for length in lengths]
@@ -51,16 +53,36 @@ class Case:
         self.query = torch.randn(heads[0], len(lengths), sizes[0], generator=generator).to(dtype).transpose(0, 1)
         self.keys = torch.randn(*shape, sizes[0], generator=generator).to(dtype)
         self.values = torch.randn(*shape, sizes[1], generator=generator).to(dtype)
+        self.sizes, self.scales = sizes, dict[str, Tensor]()
         if latent:
             self.values = self.keys[..., : sizes[1]]
+        if code is not None:
+            self.quantise(code, latent=latent)
+
+    def quantise(self, code: str, *, latent: bool) -> None:
+        """Let keys and values rest in fewer bits; the scales of tokens that are not there are no numbers."""
+        self.keys, key_scales = QUANTISE[code](self.keys)
+        self.values, value_scales = QUANTISE[code](self.values)
+        if latent:
+            whole = self.keys if code == "int4" else self.keys[..., : self.sizes[1]]
+            self.values, value_scales = whole, key_scales
+        for row, length in zip(self.table, self.lengths.tolist(), strict=True):
+            last, used = divmod(length, self.keys.shape[1])
+            if used:
+                key_scales[row[last], used:] = value_scales[row[last], used:] = float("nan")
+        self.scales = {"key_scales": key_scales, "value_scales": value_scales}
 
     def wanted(self, rule: Rule) -> Tensor:
         made = []
         for row, length in enumerate(self.lengths.tolist()):
             used = self.table[row, : -(-length // self.keys.shape[1])].long()
-            keys, values = (blocks[used].flatten(0, 1)[:length].float() for blocks in (self.keys, self.values))
+            keys, values = (self._rows(place)[used].flatten(0, 1)[:length] for place in range(2))
             made.append(naive(self.query[row, :, None].float(), keys, values, Span(0, length - 1, 1), rule)[0])
         return torch.stack(made)
+
+    def _rows(self, place: int) -> Tensor:
+        blocks = (self.keys, self.values)[place]
+        return dequantise(blocks, [*self.scales.values()][place], self.sizes[place]) if self.scales else blocks.float()
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         keys = self.keys.to(device)
@@ -70,18 +92,20 @@ class Case:
 
     def run(self, function, rule: Rule, *, device: str = "cpu", workspace_nbytes: int = 1 << 28) -> Tensor:
         rule = rule if rule.sinks is None else replace(rule, sinks=rule.sinks.to(device, self.query.dtype))
-        out = torch.empty(*self.query.shape[:2], self.values.shape[-1], device=device, dtype=self.query.dtype)
+        out = torch.empty(*self.query.shape[:2], self.sizes[1], device=device, dtype=self.query.dtype)
         table, lengths = self.table.to(device), self.lengths.to(device)
         options = {"rule": rule, "max_length": max(self.lengths.tolist()), "workspace_nbytes": workspace_nbytes}
-        function(*self.tensors(device), table, lengths, **options, out=out)
+        scales = {name: scales.to(device) for name, scales in self.scales.items()}
+        function(*self.tensors(device), table, lengths, **options, **scales, out=out)
         return out.float().cpu()
 
 
+@pytest.mark.parametrize("code", [None, "fp8", "int8", "int4"])
 @pytest.mark.parametrize("workspace_nbytes", [1, 1 << 28])
 @pytest.mark.parametrize("name", RULES)
-def test_the_reference_sees_through_blocks(name: str, workspace_nbytes: int) -> None:
+def test_the_reference_sees_through_blocks(name: str, workspace_nbytes: int, code: str | None) -> None:
     rule = Rule(0.3, **RULES[name])
-    case = Case([1, 16, 17, 90, 3], (6, 2), (8, 6))
+    case = Case([1, 16, 17, 90, 3], (6, 2), (8, 6), code=code)
     made = case.run(attend_paged, rule, workspace_nbytes=workspace_nbytes)
     torch.testing.assert_close(made, case.wanted(rule), atol=2e-6, rtol=1e-5)
 
@@ -137,6 +161,30 @@ def test_the_kernel_is_the_reference(name, lengths, heads, sizes, block_tokens, 
 
 
 @on_cuda
+@pytest.mark.parametrize("code", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "sizes"),
+    [
+        ([1, 5, 16, 17, 64, 65, 511, 512, 513, 1300], (6, 2), (64, 64)),
+        ([33, 1, 700], (6, 6), (80, 80)),
+        ([100, 40, 2000], (6, 1), (96, 64)),
+        ([70, 9, 600], (6, 2), (128, 128)),
+        ([1, 70, 1100], (6, 1), (576, 512)),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_the_kernel_reads_small_rows(name, lengths, heads, sizes, dtype, code) -> None:
+    if code == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    case = Case(lengths, heads, sizes, dtype=dtype, latent=sizes[0] > 256, code=code)
+    rule = Rule(0.3, **RULES[name])
+    kernel = find_paged(*case.tensors("cuda"), rule, sizes[1])
+    assert kernel is not None
+    torch.testing.assert_close(case.run(kernel, rule, device="cuda"), case.wanted(rule), atol=2e-2, rtol=2e-2)
+
+
+@on_cuda
 @pytest.mark.parametrize("name", ["plain", "softcap"])
 def test_more_heads_than_a_program_takes(name: str) -> None:
     """Latent attention with the heads of DeepSeek-V3, and one key head for 71."""
@@ -167,3 +215,6 @@ def test_scores_of_another_kind_are_left_to_other_code() -> None:
     assert find_paged(query, keys, values[..., :32], Rule(1.0)) is None, "values with gaps"
     assert find_paged(query, keys, keys[..., :32], Rule(1.0)) is not None, "values that are a part of the keys"
     assert find_paged(query.float(), keys.float(), values.float(), Rule(1.0)) is None
+    packed, asked = QUANTISE["int4"](query.new_zeros(1, 16, 1, 576))[0], query.new_zeros(1, 4, 576)
+    assert find_paged(asked, packed, packed, Rule(1.0), 512) is not None
+    assert find_paged(asked, packed, packed, Rule(1.0), 576) is None, "values that are too large"

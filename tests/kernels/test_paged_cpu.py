@@ -19,6 +19,7 @@ from penstock.kernels import compiled
 from penstock.kernels.paged_cpu import CompiledAttention, load_attend_paged
 
 FLOAT32, BFLOAT16, FLOAT16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
+FLOAT8 = torch.float8_e4m3fn
 TOLERANCE = {
     FLOAT32: {"atol": 3e-6, "rtol": 1e-5},
     BFLOAT16: {"atol": 1e-6, "rtol": 2**-7},
@@ -37,13 +38,13 @@ def compare(call, attend, **more) -> Tensor:
     return got
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_every_group_of_query_heads(attend_compiled, dtype, heads):
     compare(make(Case(MIXED, heads, (32, 32), dtype=dtype)), attend_compiled, num_threads=2)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_size(attend_compiled, dtype, sizes):
     compare(make(Case((45, 530), (7, 1), sizes, dtype=dtype)), attend_compiled)
@@ -51,7 +52,7 @@ def test_every_size(attend_compiled, dtype, sizes):
 
 @pytest.mark.parametrize("query_dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("out_dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8], ids=str)
 def test_every_mix_of_dtypes(attend_compiled, dtype, query_dtype, out_dtype):
     case = Case((3, 90), (4, 1), (40, 24), dtype=dtype, query_dtype=query_dtype, out_dtype=out_dtype)
     compare(make(case), attend_compiled)
@@ -69,14 +70,14 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8, FLOAT8], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(attend_compiled, dtype, name):
     compare(make(Case((*MIXED, 2500), dtype=dtype, **RULES[name])), attend_compiled, num_threads=2)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8, FLOAT8], ids=str)
 def test_scores_far_apart(attend_compiled, dtype, sinks):
     """Scores of some hundreds, as float32 keeps them: within 3e-5; so weights are within 1e-4."""
     call = make(Case(MIXED, dtype=dtype, scale=9.0, sinks=sinks))
@@ -96,9 +97,11 @@ def test_other_processors(target, monkeypatch):
     monkeypatch.setattr(compiled, "_TARGETS", ((*target.split(), "-O1"),))
     attend = load_attend_paged.__wrapped__(None)
     assert isinstance(attend, CompiledAttention)
-    for dtype in (FLOAT32, BFLOAT16, FLOAT16, INT8):
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8):
         compare(make(Case(MIXED, (15, 1), (64, 64), dtype=dtype, softcap=5.0, sinks=True)), attend, num_threads=2)
-        compare(make(Case(MIXED, (3, 3), (31, 49), dtype=dtype, out_dtype=dtype if dtype != INT8 else FLOAT16)), attend)
+        compare(
+            make(Case(MIXED, (3, 3), (31, 49), dtype=dtype, out_dtype=dtype if dtype.itemsize > 1 else FLOAT16)), attend
+        )
 
 
 def test_nothing_to_do(attend_compiled):
@@ -154,7 +157,7 @@ def test_rows_may_be_views(attend_compiled):
     assert (out == 7).all()
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, INT8, FLOAT8], ids=str)
 def test_bits_depend_on_the_sequence_alone(attend_compiled, dtype):
     """Neither threads nor neighbours change them: long sequences are split, short ones are not."""
     call = make(Case((3000, 1, 513, 0, 90, 1500), (16, 4), (72, 40), dtype=dtype, window=2600, sinks=True))

@@ -237,7 +237,7 @@ def test_rows_that_could_not_be_stored_are_said_at_the_end_of_the_pass(monkeypat
         store = hosted(homes, 4)
         places = store.locate([New(0, 0, 4)])
         with monkeypatch.context() as patch:
-            patch.setattr(store.store, "append", lambda *_: 1 // 0)
+            patch.setattr(store.store, "put", lambda *_: 1 // 0)
             store.append(0, places, *rows(4))
             with pytest.raises(ZeroDivisionError):
                 homes.check_integrity()

@@ -112,19 +112,22 @@ def attend_rows(query: Tensor, kept: Rows | HostRows, rule: Rule) -> Tensor:
         return attend_hosted(query, kept, rule)
     batch, singles = CURRENT.get(), kept.places.singles
     keys, values = kept.blocks
-    made = query.new_empty((query.shape[1], query.shape[0], values.shape[-1]))
+    made = query.new_empty((query.shape[1], query.shape[0], kept.value_size))
     flat, first = query.transpose(0, 1), 0
     limit = SCORE_NBYTES * batch.max_scores
-    if singles.count and (paged := find_paged(flat, keys, values, rule)):
+    if singles.count and (paged := find_paged(flat, keys, values, rule, kept.value_size)):
         first = singles.count
         options: dict[str, Any] = {"rule": rule, "max_length": singles.max_length, "workspace_nbytes": limit}
+        options |= zip(("key_scales", "value_scales"), kept.scales, strict=True)
         paged(flat[:first], keys, values, singles.table, singles.lengths, **options, out=made[:first])
     rest = range(first, len(batch.spans))
-    if rest and _goes_together(batch, kept, rule, rest, limit) and can_attend_together(query, values):
+    if rest and _goes_together(batch, kept, rule, rest, limit) and can_attend_together(query, made):
         spans = [batch.spans[index].length for index in rest]
         rows = (kept.of(index) for index in rest)
+        copied = any(kept.copy_nbytes(index) for index in rest)
+        nbytes = limit // 2 if copied else limit  # what is copied together has been copied once then
         attend_together(
-            flat[first:], rows, spans, scale=rule.scale, window=rule.window, copy_nbytes=limit, out=made[first:]
+            flat[first:], rows, spans, scale=rule.scale, window=rule.window, copy_nbytes=nbytes, out=made[first:]
         )
         return made
     for index in rest:

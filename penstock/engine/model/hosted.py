@@ -36,7 +36,7 @@ def attend_hosted(query: Tensor, kept: HostRows, rule: Rule) -> Tensor:
     rule = _without_chunks(rule, max(places.ends))
     made = query.new_empty((query.shape[1], query.shape[0], kept.value_size))
     count = places.singles.count
-    if count and not _runs_beside(rule):
+    if count and not _runs_beside(rule, kept):
         count = 0
     beside = kept.home.attend(kept, query[:, :count].transpose(0, 1), rule) if count else None
     rest = range(count, len(places.ends))
@@ -64,9 +64,10 @@ def _without_chunks(rule: Rule, length: int) -> Rule:
     return replace(rule, chunk=None)
 
 
-def _runs_beside(rule: Rule) -> bool:
-    """Say whether the CPU's kernel can follow this rule."""
+def _runs_beside(rule: Rule, kept: HostRows) -> bool:
+    """Say whether the CPU's kernel can follow this rule, and read these rows."""
     reason = "scores have a bias" if rule.bias is not None else "keys are seen in chunks" if rule.chunk else None
+    reason = reason if kept.home.has_kernel else "the kernel reads no 4-bit rows"
     if reason is not None:
         _say_once(reason)
     return reason is None

@@ -6,12 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from families import FAMILIES, REFERENCE_ATTENTION, REFUSED, TOLERANCE
-from tiny_models import Stream, make_config, model_type, reference, save_checkpoint, worst_error
+from tiny_models import Stream, errors, make_config, model_type, reference, save_checkpoint, worst_error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from penstock.engine.model.build import load_model
 from penstock.errors import ModelError
+from penstock.offload.kv import KVStore
+
+INT8_ERROR = dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoe_swa", "hy_v3", "phimoe"), 0.2)
+"""Of a typical token, as a share of the logits' spread. Random weights often find two experts nearly as good, so small
+differences send single tokens elsewhere."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # some of transformers' code
 
@@ -27,7 +33,11 @@ def test_streamed_layers_give_the_logits_of_transformers(name: str, tmp_path: Pa
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     wanted = reference(tmp_path, attention=REFERENCE_ATTENTION.get(name, "eager"), device=device)
-    assert worst_error(Stream.open(tmp_path, device=device), wanted) <= TOLERANCE.get(name, 1e-4)
+    stream = Stream.open(tmp_path, device=device)
+    assert worst_error(stream, wanted) <= TOLERANCE.get(name, 1e-4)
+    stream.kv = KVStore(device=device, kv_dtype="int8")
+    typical, spread = errors(stream, wanted).median().item(), torch.cat(wanted).std().item()
+    assert typical <= INT8_ERROR.get(name, 0.08) * spread, "keys and values in int8 leave the logits what they were"
     assert max(logits.abs().max().item() for logits in wanted) > 1, "logits of no size prove nothing"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from tiny_models import PROMPTS, Stream, make_config, reference, save_checkpoint, worst_error
+from tiny_models import PROMPTS, Stream, errors, make_config, reference, save_checkpoint, worst_error
 
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model import attention
@@ -77,3 +77,21 @@ def test_single_tokens_and_prompts_of_one_micro_batch_take_different_kernels(
     monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
     check(name, tmp_path, device)
     assert {1, 2, 3} <= set(singles)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "minicpm3"])
+def test_kernels_get_quantised_rows_with_their_scales(
+    name: str, kv_dtype: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes through them has the logits of what goes sequence by sequence, but where rounding has moved a code."""
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
+    stream, wanted = Stream.open(tmp_path, device=device), reference(tmp_path, device=device)
+    stream.kv = KVStore(device=device, kv_dtype=kv_dtype)
+    monkeypatch.setattr(attention, "find_paged", lambda *_: None)
+    alone = errors(stream, wanted)
+    monkeypatch.setattr(attention, "find_paged", lambda *_: attend_paged)
+    monkeypatch.setattr(attention, "attend_together", together)
+    monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
+    stream.kv = KVStore(device=device, kv_dtype=kv_dtype)
+    assert (errors(stream, wanted) - alone).abs().median() < 1e-3 < alone.max()

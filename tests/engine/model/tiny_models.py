@@ -151,17 +151,21 @@ class Stream:
 
 
 def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
-    """Return the largest error over a ragged prefill, decode, and passes that mix a chunked prompt and decode."""
+    """Return the largest of all `errors`."""
+    return float(errors(stream, wanted).max())
+
+
+def errors(stream: Stream, wanted: list[Tensor]) -> Tensor:
+    """Return each token's largest error over a ragged prefill, decode, and passes that mix chunks and decode."""
     for sequence, prompt in enumerate(PROMPTS):
         stream.kv.acquire(sequence, num_tokens=len(prompt) + len(ANSWERS[sequence]))
     sizes = [len(prompt) for prompt in PROMPTS]
-    error = 0.0
+    found = []
 
     def run(*batches: list[tuple[int, int, int]]) -> None:
-        nonlocal error
         spans = [span for batch in batches for span in batch]
         for (sequence, start, end), logits in zip(spans, stream.run(batches), strict=True):
-            error = max(error, (logits.cpu() - wanted[sequence][start:end]).abs().max().item())
+            found.append((logits.cpu() - wanted[sequence][start:end]).abs().amax(-1))
 
     run([(0, 0, sizes[0]), (1, 0, sizes[1]), (2, 0, sizes[2])], [(3, 0, sizes[3]), (4, 0, sizes[4])])
     for step in range(3):
@@ -179,9 +183,9 @@ def worst_error(stream: Stream, wanted: list[Tensor]) -> float:
     stream.kv.release(1)  # and only one token reaches the head
     stream.kv.acquire(1, num_tokens=sizes[1])
     (last,) = stream.run([[(1, 0, sizes[1])]], keep=torch.tensor([sizes[1] - 1], device=stream.model.device))
-    error = max(error, (last.cpu() - wanted[1][sizes[1] - 1]).abs().max().item())
+    found.append((last.cpu() - wanted[1][sizes[1] - 1]).abs().amax(-1))
     stream.kv.check_integrity()
     for sequence in range(len(PROMPTS)):
         stream.kv.release(sequence)
     stream.kv.check_integrity()
-    return error
+    return torch.cat(found)

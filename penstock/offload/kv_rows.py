@@ -1,0 +1,121 @@
+"""How the rows of keys and values rest: as they come, cast, or quantised. The store knows no dtype; this file does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from penstock.kernels.quant_kv import QUANTISE, dequantise
+
+__all__ = ["CodedRows", "KeptRows", "encode", "open_rows"]
+
+_WORK_NBYTES = 5
+"""What an element takes while it is dequantised, beside what comes out: a float32, and its code by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows [T, H, `size`] of `dtype` as they rest.
+
+    That is `codes` [T, H, ...] and, where they are quantised, `scales` [T, H, ...]; `penstock.kernels.quant_kv` says
+    what these hold.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is in memory."""
+        return (self.codes,) if self.scales is None else (self.codes, self.scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def rests_as_it_came(self) -> bool:
+        """Whether what is in memory are the rows themselves."""
+        return self.scales is None and self.codes.dtype == self.dtype
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> CodedRows:
+        """Return rows of which each part has been changed, codes first: copied elsewhere, or some tokens selected."""
+        codes = change(self.codes)
+        return CodedRows(codes, None if self.scales is None else change(self.scales), self.size, self.dtype)
+
+    def select(self, tokens: Tensor) -> CodedRows:
+        """Return the rows of some tokens [n], by their numbers."""
+        return self.map(lambda part: _movable(part).index_select(0, tokens).view(part.dtype))
+
+    def whole(self) -> Tensor:
+        """Return the rows [T, H, size] that these codes stand for; themselves, where they rest as they came."""
+        return self._decode(self.parts)
+
+    def _decode(self, parts: Iterable[Tensor]) -> Tensor:
+        codes, *scales = parts
+        return (dequantise(codes, scales[0], self.size) if scales else codes).to(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRows(CodedRows):
+    """The same as one layer keeps them, in blocks: [num_blocks, block_tokens, H, ...]. Keys, values, or latents."""
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes that one token takes."""
+        return sum(prod(part.shape[2:]) * part.element_size() for part in self.parts)
+
+    def first(self, size: int) -> Tensor:
+        """Return the codes of each row's first `size` elements; all of them where elements share bytes."""
+        return self.codes if self.codes.dtype == torch.uint8 else self.codes[..., :size]
+
+    def copy_nbytes(self, *, scattered: bool) -> int:
+        """Bytes that reading takes for each token: 0 where rows lie together and need no conversion."""
+        gathered = self.token_nbytes if scattered else 0
+        converted = prod(self.codes.shape[2:3]) * self.size * (self.dtype.itemsize + _WORK_NBYTES)
+        return gathered if self.rests_as_it_came else gathered + converted
+
+    def write(self, slots: Tensor, new: CodedRows) -> None:
+        """Store rows at these tokens [T] of all blocks."""
+        for part, rows in zip(self.parts, new.parts, strict=True):
+            _movable(part).flatten(0, 1).index_copy_(0, slots, _movable(rows))
+
+    def read_run(self, first: int, length: int, heads: slice) -> Tensor:
+        """Return tokens that lie one behind the other, [length, H, size]: a view where that is possible."""
+        return self._decode(part.flatten(0, 1)[first : first + length, heads] for part in self.parts)
+
+    def read_blocks(self, blocks: Tensor, length: int, heads: slice) -> Tensor:
+        """Return the first `length` tokens of these blocks [n], [length, H, size]: a copy."""
+        gathered = (_movable(part)[:, :, heads].index_select(0, blocks).view(part.dtype) for part in self.parts)
+        return self._decode(part.flatten(0, 1)[:length] for part in gathered)
+
+    def take(self, other: KeptRows) -> None:
+        """Copy the blocks of an older and smaller keeper of the same rows."""
+        for part, old in zip(self.parts, other.parts, strict=True):
+            part[: old.shape[0]] = old
+
+
+def encode(row: Tensor, kv_dtype: str) -> CodedRows:
+    """Return rows [T, H, size] as they will rest."""
+    size, quantise = row.shape[-1], QUANTISE.get(kv_dtype)
+    if quantise is not None:
+        return CodedRows(*quantise(row), size, row.dtype)
+    return CodedRows(row.to(torch.bfloat16) if kv_dtype == "bf16" else row, None, size, row.dtype)
+
+
+def open_rows(rows: CodedRows, carve: Callable[[Tensor], Tensor]) -> KeptRows:
+    """Make room for rows like these; `carve` makes blocks for tensors like the one it gets."""
+    scales = None if rows.scales is None else carve(rows.scales)
+    return KeptRows(carve(rows.codes), scales, rows.size, rows.dtype)
+
+
+def _movable(part: Tensor) -> Tensor:
+    """Return a view that every indexing operation knows: some of them know no float8."""
+    return part.view(torch.uint8) if part.element_size() == 1 else part
