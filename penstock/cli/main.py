@@ -19,8 +19,6 @@ from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
 
-_MOMENT_SECONDS = 0.02
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 done, 1 an error that is named on stderr, 2 wrong usage."""
@@ -61,45 +59,23 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _signals_end_cleanly() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exit that runs every clean-up; Ctrl-C does so anyway.
-
-    An exit that comes while a finalizer or another callback runs is lost: the interpreter can only report it. Then the
-    signal comes again, a moment later.
-    """
-    main_thread = threading.main_thread()
-    if threading.current_thread() is not main_thread:
+    """Turn SIGTERM and SIGHUP into an exit that runs every clean-up; Ctrl-C does so anyway."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    received: list[int] = []
-    again: list[threading.Timer] = []
+    received = []
 
     def leave(number: int, _: FrameType | None) -> None:
         received.append(number)
         raise SystemExit(128 + number)
 
-    def look(lost: sys.UnraisableHookArgs) -> None:
-        if (
-            not issubclass(lost.exc_type, SystemExit | KeyboardInterrupt)
-            or threading.current_thread() is not main_thread
-        ):
-            hook(lost)
-            return
-        number = received[-1] if lost.exc_type is SystemExit and received else signal.SIGINT
-        again.append(threading.Timer(_MOMENT_SECONDS, signal.pthread_kill, (main_thread.ident, number)))
-        again[-1].daemon = True
-        again[-1].start()
-
-    hook, sys.unraisablehook = sys.unraisablehook, look
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for timer in again:
-            timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
     if received:  # some library has swallowed the exit
         raise SystemExit(128 + received[0])
 

@@ -7,23 +7,19 @@ Shapes: N sequences; Hq query heads, H key heads; D and Dv head sizes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
-from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
 
 from penstock.kernels.attention import Rule, attend
 from penstock.kernels.flash import MAX_HEAD_SIZE
+from penstock.kernels.gpu import triton_kernels
 
 __all__ = ["attend_paged", "find_paged"]
 
 MAX_LATENT_SIZE = 512
 """Values that are the first elements of the keys may be larger: they are read once."""
-
-logger = logging.getLogger("penstock.kernels")
 
 PagedAttention = Callable[..., None]
 """A function with the signature of `attend_paged`."""
@@ -68,21 +64,8 @@ def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Paged
     largest = MAX_LATENT_SIZE if latent else MAX_HEAD_SIZE
     if not keys.is_contiguous() or not (latent or values.is_contiguous()) or values.shape[-1] > largest:
         return None
-    return _triton(query.device) if latent or keys.shape[-1] <= largest else None
-
-
-@cache
-def _triton(device: torch.device) -> PagedAttention | None:
-    """Return the Triton kernel, or None, logged with the reason, where this machine cannot build or run it."""
-    try:
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise RuntimeError("the GPU is older than compute capability 8.0")
-        from triton.runtime import driver  # noqa: PLC0415 (only where there is a GPU)
-
-        from penstock.kernels.paged_triton import attend_paged as kernel  # noqa: PLC0415
-
-        driver.active.get_current_target()  # builds what every kernel needs, with the machine's C compiler
-    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
-        logger.warning("decode copies keys together for torch's kernel, for want of Triton: %s", error)
+    if not latent and keys.shape[-1] > largest:
         return None
+    kernels = triton_kernels("paged_triton", query.device)
+    kernel: PagedAttention | None = None if kernels is None else kernels.attend_paged
     return kernel

@@ -275,7 +275,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def kill_at_a_random_moment(base, number, number_of_signal, delay):
-    """Return what is left that is not a whole profile, and the exit status."""
+    """Return what is left in the directory, and the exit status."""
     disk, cache = base / f"disk-{number}", base / f"cache-{number}"
     disk.mkdir()
     arguments = ["profile", "--quick", "--size", "32MiB", disk, "--json", cache / "out.json"]
@@ -292,18 +292,13 @@ def kill_at_a_random_moment(base, number, number_of_signal, delay):
         status = process.wait(timeout=90)
     finally:
         process.kill()
-    results = {cache / "out.json", cache / "penstock" / "profile.json"}  # there if all had been measured just before
-    for path in results:
-        if path.exists():
-            HardwareProfile.load(path)
-    kept = {path for path in cache.rglob("*") if path.is_file()}
-    return [*os.listdir(disk), *map(str, kept - results)], status
+    return [*os.listdir(disk), *(str(path) for path in cache.rglob("*") if path.is_file())], status
 
 
 def test_killed_at_any_moment_it_leaves_nothing(tmp_path):
     rng = random.Random(time.time_ns())
     signals = [(signal.SIGTERM, signal.SIGINT)[number % 4 // 2] for number in range(50)]
-    # Mostly while it starts, writes and sweeps.
+    # Mostly while it starts, writes and sweeps; none lives long enough to store its profile.
     delays = [rng.uniform(0.1, 2.5) for _ in signals]
     with ThreadPoolExecutor(4) as pool:
         ends = list(pool.map(kill_at_a_random_moment, [tmp_path] * 50, range(50), signals, delays))
