@@ -190,6 +190,7 @@ class WeightStream:
         `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError, FileChangedError or
         ChecksumError.
         """
+        self._copies.wait_for_computing(self._copies.computed())  # buffers may be memory that it was still using
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
         fetches = [self._fetch_from_disk(None, self.resident)]
@@ -295,8 +296,10 @@ class WeightStream:
                     self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
                 convert(layout, slot.buffer)
                 arrived.set_result(self._copies.mark())
-        except Exception as error:  # noqa: BLE001
-            arrived.set_exception(error)
+        except BaseException as error:
+            arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
+            if not isinstance(error, Exception):
+                raise
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""
@@ -324,8 +327,8 @@ class WeightStream:
     def settle(self) -> None:
         """Block until nothing is on its way into a slot."""
         for slot in self._slots:
-            if slot.arrived.exception() is None:
-                self._copies.block_until(slot.arrived.result())
+            slot.arrived.exception()  # what failed has ended too, but for copies that it had issued before
+        self._copies.block_until(self._copies.mark())
 
     def __enter__(self) -> Self:
         return self

@@ -19,14 +19,24 @@ from safetensors.torch import load_file, save_file
 from penstock.engine import pack_journal, pack_writer
 from penstock.engine.llm import DEFAULT_MODEL, LLM
 from penstock.engine.model.build import load_model
-from penstock.engine.pack import pack
+from penstock.engine.pack import _TensorPacker, pack
 from penstock.engine.quality import layer_errors, perplexity
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.verify import verify
-from penstock.errors import CheckpointError, ChecksumError, ConfigError, NoSpaceError, OutputError, PenstockError
+from penstock.errors import (
+    CheckpointError,
+    ChecksumError,
+    ConfigError,
+    JournalError,
+    NoSpaceError,
+    OutputError,
+    PenstockError,
+    ReadError,
+)
 from penstock.io.checkpoint import Checkpoint
 from penstock.offload.codec import Coding, PackOptions
 from penstock.offload.decode import read_all, read_tensor
+from penstock.offload.encode import DoesNotPay, ExactEncoder
 from penstock.offload.manifest import MANIFEST, open_stored, read_manifest
 from penstock.offload.tiers import MemoryTiers
 
@@ -132,6 +142,30 @@ def test_what_would_not_pay_stays_as_it_is(tmp_path):
     assert report.num_plain == 4
     for name, tensor in load_file(source / "model.safetensors").items():
         assert torch.equal(read_tensor(made, name).view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_source_that_becomes_shorter_while_it_is_read_is_named(tmp_path, monkeypatch):
+    """A tensor that does not pay after all is read once more."""
+    source = bf16_tensors(tmp_path / "source", {"a": torch.ones(5 << 20, dtype=torch.bfloat16)})
+    go_plain = _TensorPacker._go_plain
+
+    def cut(self, reason):
+        os.truncate(self._entry.file.path, self._entry.offset + 100)
+        go_plain(self, reason)
+
+    monkeypatch.setattr(_TensorPacker, "_go_plain", cut)
+    monkeypatch.setattr(ExactEncoder, "encode", _refuse_second(ExactEncoder.encode))
+    with pytest.raises(ReadError, match="shorter"):
+        pack(source, tmp_path / "out", PackOptions("exact"))
+
+
+def _refuse_second(encode):
+    def refusing(self, piece):
+        if self._table is not None:
+            raise DoesNotPay("this time")
+        return encode(self, piece)
+
+    return refusing
 
 
 def test_integers_leave_infinite_tensors_alone(tmp_path):
@@ -244,7 +278,7 @@ def test_what_was_begun_with_other_options_is_not_gone_on_with(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "out", PackOptions("exact"), on_progress=stop)
-    with pytest.raises(OutputError, match="something else"):
+    with pytest.raises(JournalError, match="another options"):
         pack(source, tmp_path / "out", PackOptions("exact", exclude=("w1",)))
     assert pack(source, tmp_path / "out", PackOptions("exact")).num_coded == 9
     assert not (tmp_path / "out.part").exists()
