@@ -1,7 +1,7 @@
 """Attention of one new token per sequence, over keys and values in blocks that lie anywhere.
 
-`attend_paged` is the reference: plain torch, one sequence after the other. On CUDA a Triton kernel of the same
-signature does all sequences at once; `find_paged` says which one to use, if any.
+`attend_paged` is the reference: that of the CPU's kernel, told by a `Rule` what each sequence sees. On CUDA a Triton
+kernel of the same signature does all sequences at once; `find_paged` says which one to use, if any.
 Shapes: N sequences; Hq query heads, H key heads; D and Dv head sizes.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from penstock.kernels.attention import Rule, attend
+from penstock.kernels import paged_reference
+from penstock.kernels.attention import Rule
 from penstock.kernels.flash import MAX_HEAD_SIZE
 from penstock.kernels.gpu import triton_kernels
 
@@ -41,14 +42,23 @@ def attend_paged(
 
     block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
     `max_length`; the query is the last token's. Values may be a view of the keys' first elements. `out` is [N, Hq, Dv].
-    What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
+    What a kernel computes meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
     """
-    del max_length  # known here; a kernel cannot look before it starts
-    size = keys.shape[1]
+    del max_length, workspace_nbytes  # a kernel cannot look at lengths before it starts, nor take memory as it likes
     for row, length in enumerate(lengths.tolist()):
-        used = block_table[row, : -(-length // size)]
-        key, value = (blocks.index_select(0, used).flatten(0, 1)[:length] for blocks in (keys, values))
-        attend(query[row, :, None], key, value, rule, max_scores=workspace_nbytes // 16, out=out[row, None])
+        one = slice(row, row + 1)
+        paged_reference.attend_paged(
+            query[one],
+            keys,
+            values,
+            block_table[one],
+            lengths[one],
+            scale=rule.scale,
+            window=length - rule.first_key(length - 1),
+            softcap=rule.softcap,
+            sinks=rule.sinks,
+            out=out[one],
+        )
 
 
 def find_paged(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> PagedAttention | None:

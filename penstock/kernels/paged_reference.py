@@ -39,7 +39,7 @@ def attend_paged(
     num_heads, block_tokens = keys.shape[2], keys.shape[1]
     for row, (table, length) in enumerate(zip(block_table, lengths.tolist(), strict=True)):
         first = max(length - window, 0) if window is not None else 0
-        positions = torch.arange(first, length)
+        positions = torch.arange(first, length, device=query.device)
         if not len(positions):
             out[row].zero_()
             continue
