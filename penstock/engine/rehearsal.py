@@ -62,6 +62,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int) -
         held_nbytes=-(-watch.held // NUM_TOKENS),
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
+        kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
     )
 
 

@@ -149,7 +149,7 @@ def test_an_error_while_copies_are_issued_leaves_nothing_that_is_waited_for_in_v
     tiny_llama, model, expected, monkeypatch, error
 ):
     copies = AsynchronousCopies()
-    monkeypatch.setattr("penstock.offload.stream.copies_for", lambda *_: copies)
+    monkeypatch.setattr("penstock.offload.stream.copies_for", lambda *_, **__: copies)
     with open_stream(tiny_llama, model, FakeReader(), (Tier.HOST,) * 6) as stream:
         stream.load()
         with stream.layer(0):
