@@ -20,9 +20,9 @@ WAYS = ["cpu", "triton"]
 @pytest.fixture
 def way(request):
     """A decoder, and the device of its tensors."""
-    if request.param == "cpu":
-        return decode, "cpu"
-    device = request.getfixturevalue("triton_device")
+    device = "cpu" if request.param == "cpu" else request.getfixturevalue("triton_device")
+    if device in {request.param, "cuda"}:
+        return decode, device
     return importlib.import_module("penstock.kernels.expand_triton").decode_exact, device
 
 
