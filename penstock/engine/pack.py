@@ -23,7 +23,7 @@ from penstock.engine.model.selection import linear_weights
 from penstock.engine.pack_journal import Finished, Job, Workplace, check_space
 from penstock.engine.pack_plan import SHARD_NBYTES, PlannedShard, PlannedTensor, plan_pack
 from penstock.engine.pack_writer import PieceReader, ShardWriter, StoredPart
-from penstock.errors import ConfigError, OutputError
+from penstock.errors import ConfigError, OutputError, ReadError
 from penstock.io.atomic import naming, sync_directory
 from penstock.io.checkpoint import INDEX_FILE, Checkpoint
 from penstock.io.choose import open_reader
@@ -82,8 +82,8 @@ def pack(
     """Pack the checkpoint directory `model` into the new directory `out`, or go on with what was begun there.
 
     `on_progress` is called with (source bytes done, source bytes in all). Raises CheckpointError and ModelError for a
-    model that cannot be read, ConfigError for options that do not suit it, NoSpaceError before the disk is full, and
-    OutputError.
+    model that cannot be read, ConfigError for options that do not suit it, NoSpaceError before the disk is full,
+    JournalError where another pack was begun, and OutputError.
     """
     start = time.perf_counter()
     source, out, options = Path(model), Path(os.path.abspath(out)), options.resolved()
@@ -242,6 +242,8 @@ class _TensorPacker:
             left = self._taken
             while left:
                 content = bytearray(file.read(min(left, 8 << 20)))
+                if not content:
+                    raise ReadError("the file has become shorter", file=self._entry.file.path)
                 self._append(self._parts[0], torch.frombuffer(content, dtype=torch.uint8))
                 left -= len(content)
 

@@ -1,8 +1,7 @@
 """Where a pack stands, so that it can be killed at any moment and go on.
 
-A pack is made in `OUT.part` and renamed when it is whole. Its journal names the job in the first line and each finished
-tensor in one more; a line is written after the tensor's bytes have reached the disk. What lies behind the last line is
-written again, and comes out the same.
+A pack is made in `OUT.part` and renamed when it is whole. Its journal has an entry for each finished tensor, which is
+written after the tensor's bytes have reached the disk. What lies behind them is written again, and comes out the same.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from penstock.errors import NoSpaceError, OutputError
-from penstock.io.atomic import sync_directory
+from penstock.errors import JournalError, NoSpaceError, OutputError
+from penstock.io.atomic import naming, sync_directory
+from penstock.io.journal import Journal
 from penstock.io.shard import StoredTensor
 from penstock.offload.codec import Coding, PackOptions
 from penstock.offload.manifest import SourceRecord, read_manifest
@@ -27,7 +27,7 @@ from penstock.offload.tiers import format_size
 
 __all__ = ["Finished", "Job", "Workplace", "check_space"]
 
-_JOURNAL = "journal.jsonl"
+_JOURNAL = "penstock.journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +53,18 @@ class Finished:
 class Workplace:
     """The unfinished directory and its journal; a context manager that lets one process at a time in.
 
-    `is_whole` says that nothing but the rename is left to do. Raises OutputError where the output exists already,
-    another process is at it, or what was begun is another job.
+    `is_whole` says that nothing but the rename is left to do. Raises OutputError where the output exists already or
+    another process is at it, JournalError where what was begun is another job.
     """
 
     def __init__(self, out: Path, job: Job) -> None:
         self.out = out
         self.directory = out.with_name(f"{out.name}.part")
         self.finished: dict[str, Finished] = {}
+        self.is_whole = False
         with ExitStack() as cleanup:
-            try:
+            with naming(out):
                 self._enter(job, cleanup)
-            except OSError as error:
-                if isinstance(error, OutputError):
-                    raise
-                raise OutputError("cannot be written", file=out, got=error.strerror or str(error)) from error
             self._exit = cleanup.pop_all()
 
     def _enter(self, job: Job, cleanup: ExitStack) -> None:
@@ -80,54 +77,39 @@ class Workplace:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError("another process is packing there", file=self.directory) from None
-        self._path = self.directory / _JOURNAL
-        first = json.dumps(to_plain(job))
-        lines, kept = self._read()
-        manifest = None if lines else read_manifest(self.directory)
-        self.is_whole = manifest is not None and (manifest.options, manifest.source) == (job.options, job.source)
-        if self.is_whole:  # it was killed right before the rename
-            return
-        if lines[:1] != [first] and (lines or any(path != self._path for path in self.directory.iterdir())):
-            raise OutputError(
-                "it holds something else than this pack's beginning", file=self.directory, fix="Remove it."
-            )
-        self._stream = cleanup.enter_context(self._path.open("ab"))
-        self._stream.truncate(kept)
-        if not lines:
-            self._append([first])
-            sync_directory(self.directory)
+        path = self.directory / _JOURNAL
+        if not path.exists():
+            manifest = read_manifest(self.directory)
+            self.is_whole = manifest is not None and (manifest.options, manifest.source) == (job.options, job.source)
+            if self.is_whole:  # it was killed right before the rename
+                return
+            if any(self.directory.iterdir()):
+                raise OutputError("it holds something else than a pack", file=self.directory, fix="Remove it.")
+        self._journal = cleanup.enter_context(Journal.open(path, to_plain(job), keep_empty=True))
         try:
-            done = [from_plain(Finished, json.loads(line)) for line in lines[1:]]
+            done = [from_plain(Finished, json.loads(payload)) for payload in self._journal.in_order()]
         except (ValueError, RecordError) as error:
-            raise OutputError(
-                f"a damaged journal: {error}", file=self._path, fix=f"Remove {self.directory}."
-            ) from error
+            raise JournalError(f"no pack's journal: {error}", file=path, fix=f"Remove {self.directory}.") from error
         self.finished = {one.name: one for one in done}
 
-    def _read(self) -> tuple[list[str], int]:
-        """Return the whole lines of the journal, and how many bytes they are; a broken last line does not count."""
-        content = self._path.read_bytes() if self._path.exists() else b""
-        kept = content.rfind(b"\n") + 1
-        return content[:kept].decode().splitlines(), kept
-
-    def note(self, done: Iterable[Finished]) -> None:
-        """Write that these tensors are on disk, which they must be."""
-        self._append([json.dumps(to_plain(one)) for one in done])
+    def note(self, done: Sequence[Finished]) -> None:
+        """Write that these tensors are on disk, which they must be. Raises OutputError."""
+        for one in done:
+            self._journal.append(len(self._journal) + 1, json.dumps(to_plain(one)).encode())
+        self._journal.commit()
         self.finished |= {one.name: one for one in done}
 
-    def _append(self, lines: list[str]) -> None:
-        self._stream.write("".join(f"{line}\n" for line in lines).encode())
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
     def publish(self) -> None:
-        """Give the whole directory its name."""
-        self._path.unlink(missing_ok=True)
-        sync_directory(self.directory)
-        if self.out.exists():
-            self.out.rmdir()
-        self.directory.rename(self.out)
-        sync_directory(self.out.parent)
+        """Give the whole directory its name. Raises OutputError."""
+        with naming(self.out):
+            sync_directory(self.directory)
+            if not self.is_whole:
+                self._journal.remove()
+                sync_directory(self.directory)
+            if self.out.exists():
+                self.out.rmdir()
+            self.directory.rename(self.out)
+            sync_directory(self.out.parent)
 
     def __enter__(self) -> Self:
         return self

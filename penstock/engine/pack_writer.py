@@ -9,12 +9,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from penstock.engine.pack_journal import Finished
+from penstock.io.atomic import sync_directory
 from penstock.io.files import SourceFile
 from penstock.io.reader import ALIGNMENT, Read, Reader
 from penstock.io.shard import StoredTensor
@@ -91,12 +92,15 @@ class StoredPart:
 class ShardWriter:
     """Writes one shard on a thread of its own and brings it to the disk on another. Errors come with a later call.
 
-    `note` is called, on one of these threads, with tensors whose bytes have reached the disk.
+    `note` is called, on one of these threads, with tensors whose bytes have reached the disk, and so has the shard's
+    name. After an error nothing more is written or noted.
     """
 
     def __init__(self, path: Path, note: Callable[[Sequence[Finished]], None]) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        sync_directory(path.parent)
         self._note = note
+        self._failed = False
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="penstock-write")
         self._syncing = ThreadPoolExecutor(1, thread_name_prefix="penstock-sync")
         self._queue: deque[Future[None]] = deque()
@@ -108,24 +112,38 @@ class ShardWriter:
         """Write the next bytes of `part`; waits while too many are queued. The caller leaves `values` alone then."""
         self._wait(_QUEUED)
         content = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._queue.append(self._writing.submit(self._put, part, content, part.offset + part.nbytes))
+        self._submit(self._put, content, part.offset + part.nbytes, part)
         part.nbytes += content.nbytes
 
     def finish(self, make: Callable[[], Finished]) -> None:
         """Have `make` say what a tensor has become, once its bytes are written."""
-        self._queue.append(self._writing.submit(self._finish, make))
+        self._submit(self._finish, make)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._queue.append(self._writing.submit(self._unless_failed, work, *arguments))
+
+    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do what comes next, unless something before it is missing."""
+        if self._failed:
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
 
     def seal(self, header: Callable[[], bytes], nbytes: int) -> None:
         """Once all is on the disk and noted, write the header and cut the file to its length."""
         self._wait(0)
         self._flush()
         self._wait_for_sync()
-        os.pwrite(self._descriptor, header(), 0)
+        self._put(memoryview(header()), 0)
         os.ftruncate(self._descriptor, nbytes)
         os.fsync(self._descriptor)
 
-    def _put(self, part: StoredPart, content: memoryview, at: int) -> None:
-        part.crc32 = zlib.crc32(content, part.crc32)
+    def _put(self, content: memoryview, at: int, part: StoredPart | None = None) -> None:
+        if part is not None:
+            part.crc32 = zlib.crc32(content, part.crc32)
         self._unsynced += content.nbytes
         while content.nbytes:
             count = os.pwrite(self._descriptor, content, at)

@@ -72,6 +72,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
         kv_windows=windows,
         kv_dtype=kv_dtype,
+        kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
     )
 
 

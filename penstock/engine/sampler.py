@@ -73,7 +73,7 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
     The likeliest token is always kept.
     """
     device, size = logits.device, logits.shape[-1]
-    temperature = torch.tensor([[max(s.params.temperature, 1e-5)] for s in sequences], device=device)
+    temperature = torch.tensor([[max(float(s.params.temperature), 1e-5)] for s in sequences], device=device)
     top_p = torch.tensor([[s.params.top_p] for s in sequences], device=device)
     top_k = torch.tensor([[min(s.params.top_k or size, size)] for s in sequences], device=device)
     uniform = torch.tensor([[_uniform(s)] for s in sequences], device=device, dtype=torch.float64)
@@ -97,7 +97,7 @@ def _uniform(sequence: Sequence) -> float:
 def _with_logprobs(logits: Tensor, token: int, count: int) -> Token:
     """Report a token with the `count` likeliest ones. `logits` is one row [vocab]."""
     logprobs = logits.float().log_softmax(dim=-1)
-    values, tokens = logprobs.topk(count)
+    values, tokens = logprobs.topk(min(count, logprobs.shape[-1]))
     chosen = float(logprobs[token])
     rank = int((logprobs > chosen).sum()) + 1
     pairs = zip(tokens.tolist(), values.tolist(), strict=True)

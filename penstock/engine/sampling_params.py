@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -69,7 +70,7 @@ class SamplingParams:
     def _check(self) -> None:
         for name, holds, wanted in (
             ("max_tokens", _is_int(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1"),
-            ("temperature", _is_number(self.temperature) and self.temperature >= 0, "a number of at least 0"),
+            ("temperature", _is_number(self.temperature) and self.temperature >= 0, "a finite number of at least 0"),
             ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
             ("top_k", _is_int(self.top_k) and self.top_k >= 0, "-1, 0 or a positive integer"),
             ("seed", self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63), "an integer in [0, 2^63)"),
@@ -82,7 +83,7 @@ class SamplingParams:
             ),
         ):
             if not holds:
-                raise ConfigError(f"{name} is out of range", wanted=wanted, got=repr(getattr(self, name)))
+                raise ConfigError(f"{name} is out of range", wanted=wanted, got=repr(getattr(self, name))[:80])
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any], *, defaults: SamplingParams | None = None) -> Self:
@@ -101,4 +102,5 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # noqa: PLR0124
+    """Whether it is a finite number that a float can hold; JSON has integers of any size, and NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -29,6 +29,8 @@ __all__ = ["Journal"]
 
 _MAGIC = "penstock journal"
 _BUFFER_NBYTES = 1 << 20
+_MAX_DIGITS = 12
+"""A number with more is none of ours: noting it would take a byte for each below it."""
 
 logger = logging.getLogger("penstock.io")
 
@@ -51,14 +53,16 @@ class Journal:
         self._committed = 0
         self._buffer: list[bytes] = []
         self._buffered = 0
+        self._keep_empty = False
         self.finished = False
 
     @classmethod
-    def open(cls, path: Path, job: Mapping[str, Any]) -> Self:
+    def open(cls, path: Path, job: Mapping[str, Any], *, keep_empty: bool = False) -> Self:
         """Begin the journal of a job, or go on with it; `job` is what must be equal for that, as JSON has it.
 
-        Raises JournalError when the file is another job's, or no journal, or open elsewhere; OutputError when it cannot
-        be written.
+        One without entries leaves no file, unless `keep_empty` says that there is more whose job it names. Raises
+        JournalError when the file is another job's, or no journal, or open elsewhere; OutputError when it cannot be
+        written.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -68,6 +72,7 @@ class Journal:
         try:
             journal._lock()
             journal._begin(job)
+            journal._keep_empty = keep_empty
         except OSError as error:
             journal.close()
             if isinstance(error, OutputError):
@@ -248,9 +253,9 @@ class Journal:
             raise ClosedError("the journal is closed")
 
     def close(self) -> None:
-        """Give the file back; what was not committed is dropped. A journal without entries leaves no file."""
+        """Give the file back; what was not committed is dropped."""
         if self._descriptor >= 0:
-            if self._start and not self._count and not self.finished:
+            if self._start and not self._count and not self.finished and not self._keep_empty:
                 with suppress(OSError):  # it only says whose job it was
                     self.path.unlink()
             os.close(self._descriptor)
@@ -272,7 +277,7 @@ def _line(number: int, payload: bytes) -> bytes:
 def _parse(line: bytes) -> tuple[int, bytes] | None:
     """Return number and payload of a line that is whole."""
     number, _, rest = line.partition(b" ")
-    if not number.isdigit() or not line.endswith(b"\n"):
+    if not number.isdigit() or len(number) > _MAX_DIGITS or not line.endswith(b"\n"):
         return None
     payload = rest[9:-1]
     entry = int(number), payload

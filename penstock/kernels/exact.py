@@ -76,7 +76,7 @@ def decode(low: Tensor, code: Tensor, table: Tensor, start: Tensor, extra: Tenso
     The last dims are contiguous. Rows of `extra` may be longer than what a tensor needs.
     """
     if out.is_cuda:
-        if (kernels := triton_kernels()) is not None:
+        if (kernels := triton_kernels("expand_triton", out.device)) is not None:
             kernels.decode_exact(low, code, table, start, extra, out=out)
         else:
             for one in zip(low, code, table, extra, out, strict=True):

@@ -1,12 +1,10 @@
 """Expansion of coded weights on CUDA: each program makes one run of values and writes it once.
 
 Batches are the leading dim of every tensor, with any stride, so that hundreds of experts are one launch. `exact` and
-`groupwise` hold the references with the same arguments.
+`groupwise` hold the references with the same arguments. Arguments of kernels have no types: Triton looks them up.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -25,7 +23,7 @@ def decode_exact(low: Tensor, code: Tensor, table: Tensor, start: Tensor, extra:
         return
     count, size = out.shape
     grid = (triton.cdiv(size, EXACT_BLOCK), count)
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         _decode_exact[grid](
             low,
             code,
@@ -45,24 +43,12 @@ def decode_exact(low: Tensor, code: Tensor, table: Tensor, start: Tensor, extra:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_extra", "table_step", "start_step", "extra_step"])  # other numbers in every layer
 def _decode_exact(
-    low: Any,
-    code: Any,
-    table: Any,
-    start: Any,
-    extra: Any,
-    out: Any,
-    size: Any,
-    num_extra: Any,
-    low_step: Any,
-    code_step: Any,
-    table_step: Any,
-    start_step: Any,
-    extra_step: Any,
-    out_step: Any,
+    low, code, table, start, extra, out,
+    size, num_extra, low_step, code_step, table_step, start_step, extra_step, out_step,
     BLOCK: tl.constexpr,
-) -> None:
+):  # fmt: skip
     item = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -89,7 +75,7 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
     count, rows, columns = out.shape
     block = min(MAX_COLUMNS, triton.next_power_of_2(columns))
     across = triton.cdiv(columns, block)
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         _dequantise[rows * across, count](
             codes,
             scale,
@@ -112,23 +98,10 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
 
 @triton.jit
 def _dequantise(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    out: Any,
-    columns: Any,
-    across: Any,
-    group_size: Any,
-    code_columns: Any,
-    num_groups: Any,
-    codes_step: Any,
-    scale_step: Any,
-    zero_step: Any,
-    out_step: Any,
-    BITS: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
+    codes, scale, zero, out,
+    columns, across, group_size, code_columns, num_groups, codes_step, scale_step, zero_step, out_step,
+    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     item = tl.program_id(1).to(tl.int64)
     row = (tl.program_id(0) // across).to(tl.int64)
     column = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)

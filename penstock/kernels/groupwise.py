@@ -63,7 +63,7 @@ def quantise(values: Tensor, *, bits: int, group_size: int, symmetric: bool, sea
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *, bits: int, group_size: int) -> None:
     """Make `out` [B, R, C] of a batch: every argument has a leading dim [B, ...] of any stride, and whole rows."""
-    if out.is_cuda and (kernels := triton_kernels()) is not None:
+    if out.is_cuda and (kernels := triton_kernels("expand_triton", out.device)) is not None:
         kernels.dequantise(codes, scale, zero, out, bits=bits, group_size=group_size)
         return
     work = dequantise_reference if out.is_cuda else _dequantise_cpu

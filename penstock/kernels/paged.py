@@ -1,23 +1,21 @@
 """Attention of one new token per sequence, over keys and values in blocks that lie anywhere.
 
-`attend_paged` is the reference: plain torch, one sequence after the other. On CUDA a Triton kernel of the same
-signature does all sequences at once; `find_paged` says which one to use, if any.
+`attend_paged` is the reference: that of the CPU's kernel, told by a `Rule` what each sequence sees. On CUDA a Triton
+kernel of the same signature does all sequences at once; `find_paged` says which one to use, if any.
 Shapes: N sequences; Hq query heads, H key heads; D and Dv head sizes.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
-from subprocess import SubprocessError
 
 import torch
 from torch import Tensor
 
-from penstock.kernels.attention import Rule, attend
+from penstock.kernels import paged_reference
+from penstock.kernels.attention import Rule
 from penstock.kernels.flash import MAX_HEAD_SIZE
-from penstock.kernels.quant_kv import dequantise
+from penstock.kernels.gpu import triton_kernels
 
 __all__ = ["attend_paged", "find_paged"]
 
@@ -26,8 +24,6 @@ MAX_LATENT_SIZE = 512
 
 _TAKEN = {torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn}
 """What the kernel reads."""
-
-logger = logging.getLogger("penstock.kernels")
 
 PagedAttention = Callable[..., None]
 """A function with the signature of `attend_paged`."""
@@ -52,21 +48,25 @@ def attend_paged(
     block_table [N, width] int32 names each sequence's blocks in order, lengths [N] int32 its tokens, at most
     `max_length`; the query is the last token's. Values may be a view of the keys' first elements. Keys and values may
     be codes with their scales in `key_scales` and `value_scales` (`penstock.kernels.quant_kv`). `out` is [N, Hq, Dv].
-    What is computed meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
+    What a kernel computes meanwhile takes at most `workspace_nbytes`, or what one sequence needs.
     """
-    del max_length  # known here; a kernel cannot look before it starts
-    size = keys.shape[1]
+    del max_length, workspace_nbytes  # a kernel cannot look at lengths before it starts, nor take memory as it likes
     for row, length in enumerate(lengths.tolist()):
-        used = block_table[row, : -(-length // size)]
-        parts = ((keys, key_scales, query.shape[-1]), (values, value_scales, out.shape[-1]))
-        key, value = (_gather(*each, used).to(query.dtype).flatten(0, 1)[:length] for each in parts)
-        attend(query[row, :, None], key, value, rule, max_scores=workspace_nbytes // 16, out=out[row, None])
-
-
-def _gather(blocks: Tensor, scales: Tensor | None, size: int, used: Tensor) -> Tensor:
-    """Return these blocks, as the numbers that they stand for."""
-    made = blocks.index_select(0, used)
-    return made if scales is None else dequantise(made, scales.index_select(0, used), size)
+        one = slice(row, row + 1)
+        paged_reference.attend_paged(
+            query[one],
+            keys,
+            values,
+            block_table[one],
+            lengths[one],
+            scale=rule.scale,
+            window=length - rule.first_key(length - 1),
+            softcap=rule.softcap,
+            sinks=rule.sinks,
+            key_scales=key_scales,
+            value_scales=value_scales,
+            out=out[one],
+        )
 
 
 def find_paged(
@@ -87,21 +87,8 @@ def find_paged(
     largest = MAX_LATENT_SIZE if latent else MAX_HEAD_SIZE
     if not keys.is_contiguous() or not (latent or values.is_contiguous()) or (value_size or values.shape[-1]) > largest:
         return None
-    return _triton(query.device) if latent or query.shape[-1] <= largest else None
-
-
-@cache
-def _triton(device: torch.device) -> PagedAttention | None:
-    """Return the Triton kernel, or None, logged with the reason, where this machine cannot build or run it."""
-    try:
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            raise RuntimeError("the GPU is older than compute capability 8.0")
-        from triton.runtime import driver  # noqa: PLC0415 (only where there is a GPU)
-
-        from penstock.kernels.paged_triton import attend_paged as kernel  # noqa: PLC0415
-
-        driver.active.get_current_target()  # builds what every kernel needs, with the machine's C compiler
-    except (ImportError, OSError, RuntimeError, SubprocessError) as error:
-        logger.warning("decode copies keys together for torch's kernel, for want of Triton: %s", error)
+    if not latent and query.shape[-1] > largest:
         return None
+    kernels = triton_kernels("paged_triton", query.device)
+    kernel: PagedAttention | None = None if kernels is None else kernels.attend_paged
     return kernel

@@ -26,6 +26,9 @@ PART_TOKENS = 512
 
 MAX_PARTS = 32
 
+MAX_SEQUENCES = 65_535
+"""What CUDA allows in the second and third dim of a grid."""
+
 
 def attend_paged(
     query: Tensor,
@@ -48,21 +51,24 @@ def attend_paged(
     num_parts = min(-(-seen // PART_TOKENS), MAX_PARTS)
     several = num_parts > 1
     sequence_nbytes = 4 * num_heads * num_parts * (value_size + 1)
-    size = max(workspace_nbytes // sequence_nbytes, 1) if several else query.shape[0]
-    for first in range(0, query.shape[0], size):
-        part = slice(first, first + size)
-        _launch(
-            query[part],
-            keys,
-            values,
-            block_table[part],
-            lengths[part],
-            rule=rule,
-            num_parts=num_parts,
-            key_scales=key_scales,
-            value_scales=value_scales,
-            out=out[part],
-        )
+    size = min(max(workspace_nbytes // sequence_nbytes, 1) if several else query.shape[0], MAX_SEQUENCES)
+    if query.shape[2] % 16:  # else strides would depend on the number of tokens, and code on whether 16 divides them
+        query = query.contiguous()
+    with torch.cuda.device_of(query):
+        for first in range(0, query.shape[0], size):
+            part = slice(first, first + size)
+            _launch(
+                query[part],
+                keys,
+                values,
+                block_table[part],
+                lengths[part],
+                rule=rule,
+                num_parts=num_parts,
+                key_scales=key_scales,
+                value_scales=value_scales,
+                out=out[part],
+            )
 
 
 def _launch(
@@ -212,7 +218,7 @@ def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
     return tl.maximum(even, PART_TOKENS)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "chunk"])
+@triton.jit(do_not_specialize=["table_stride", "window", "chunk"], do_not_specialize_on_alignment=["table", "lengths"])
 def _attend_part(
     query, keys, values, key_scales, value_scales, table, lengths, sinks, out, parts, weights,
     table_stride, query_stride, query_head_stride, out_stride, out_head_stride,
@@ -236,7 +242,7 @@ def _attend_part(
         return
     rows = tl.program_id(1) % TILES * HEADS + tl.arange(0, HEADS)
     columns, others, places = tl.arange(0, SIZE_PAD), tl.arange(0, REST_PAD), tl.arange(0, VALUE_PAD)
-    heads = head * GROUP + rows
+    heads = (head * GROUP + rows).to(tl.int64)
     real = rows < GROUP
     start = query + sequence * query_stride + heads[:, None] * query_head_stride
     asked = tl.load(start + columns[None, :], mask=real[:, None] & (columns < SIZE)[None, :], other=0.0)
@@ -296,7 +302,7 @@ def _attend_part(
         tl.store(target, made.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["num_parts", "window", "chunk"])
+@triton.jit(do_not_specialize=["num_parts", "window", "chunk"], do_not_specialize_on_alignment=["lengths"])
 def _join_parts(
     lengths, out, parts, weights, out_stride, out_head_stride, num_parts, window, chunk,
     NUM_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PAD: tl.constexpr,

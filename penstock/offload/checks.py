@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from penstock.errors import ChecksumError
+from penstock.errors import ChecksumError, ReadError
 from penstock.io.files import SourceFile, TensorEntry
 from penstock.offload.chunks import Chunk
 from penstock.offload.layout import Extent
@@ -63,12 +63,15 @@ class Verification:
 
 
 def verify_by_itself(check: Check) -> None:
-    """Read one tensor and compare it, for those that no unit reads whole. Raises ChecksumError."""
+    """Read one tensor and compare it, for those that no unit reads whole. Raises ChecksumError, ReadError."""
     found = 0
-    with check.entry.file.path.open("rb") as stream:
-        stream.seek(check.entry.offset)
-        for begin in range(0, check.entry.nbytes, _PIECE):
-            found = zlib.crc32(stream.read(min(_PIECE, check.entry.nbytes - begin)), found)
+    try:
+        with check.entry.file.path.open("rb") as stream:
+            stream.seek(check.entry.offset)
+            for begin in range(0, check.entry.nbytes, _PIECE):
+                found = zlib.crc32(stream.read(min(_PIECE, check.entry.nbytes - begin)), found)
+    except OSError as error:
+        raise ReadError(f"cannot be read: {error.strerror}", file=check.entry.file.path) from error
     compare(check, found)
 
 

@@ -54,7 +54,7 @@ def measure_links(
     """Measure until the deadline, the figures that plans need most first; what is left out is None.
 
     `disk` is a file and how to read it, for the path from disk to device; None leaves that out. `cuda` False measures
-    what there is without a GPU; None looks for one.
+    what there is without a GPU; None looks for one. Of several it is torch's current one.
     """
     cuda = torch.cuda.is_available() if cuda is None else cuda
     found: dict[str, Any] = {}
@@ -87,8 +87,9 @@ def measure_links(
 def _device(*, cuda: bool) -> dict[str, Any]:
     if not cuda:
         return {"device": "cpu", "device_pcie": None, "device_numa_node": None}
-    pcie, node = _bus(torch.cuda.get_device_properties(0))
-    return {"device": torch.cuda.get_device_name(0), "device_pcie": pcie, "device_numa_node": node}
+    number = torch.cuda.current_device()
+    pcie, node = _bus(torch.cuda.get_device_properties(number))
+    return {"device": torch.cuda.get_device_name(number), "device_pcie": pcie, "device_numa_node": node}
 
 
 def _bus(properties: Any) -> tuple[PcieLink | None, int | None]:
@@ -152,7 +153,7 @@ def _fitting(nbytes: int) -> int:
 
 
 class _Copies:
-    """Copies between pinned or pageable host memory and the first CUDA device."""
+    """Copies between pinned or pageable host memory and the current CUDA device."""
 
     def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +118,8 @@ def measure_peaks(
 ) -> Peaks:
     """Measure what a run on `device` that reads `file` is compared with, in some seconds; keeps no memory."""
     on_cuda = device.type == "cuda"
-    links = measure_links(deadline=Deadline(_LIMIT_SECONDS), on_step=on_step, cuda=on_cuda)
+    with torch.cuda.device(device) if on_cuda else nullcontext():
+        links = measure_links(deadline=Deadline(_LIMIT_SECONDS), on_step=on_step, cuda=on_cuda)
     if on_cuda:
         torch.cuda.empty_cache()
     on_step("disk")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ class ModelShape:
     """What a model costs, in bytes; measured, not derived from its config.
 
     `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
-    `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels.
+    `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels, and
+    `kept_nbytes` what a layer that stays on the device needs once it has been loaded; all of it where that is empty.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
     `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens.
@@ -52,6 +53,7 @@ class ModelShape:
     kv_sequence_nbytes: int
     kv_windows: tuple[WindowLayer, ...] = ()
     kv_dtype: str = "auto"
+    kept_nbytes: tuple[int, ...] = ()
 
     @property
     def kv_cost(self) -> KVCost:
@@ -62,9 +64,19 @@ class ModelShape:
         return KVCost(self.kv_token_nbytes, self.kv_sequence_nbytes, BLOCK_TOKENS, tuple(sorted(windows.items())))
 
     @property
+    def staying_nbytes(self) -> tuple[int, ...]:
+        """Bytes of each layer, were it to stay on the device."""
+        return self.kept_nbytes or self.layer_nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all weights on the device, were they all there."""
-        return self.resident_nbytes + sum(self.layer_nbytes)
+        return self.resident_nbytes + sum(self.staying_nbytes)
+
+    def loading_nbytes(self, layers: Iterable[int]) -> int:
+        """Bytes for loading layers that stay, one after the other: a whole buffer, where one keeps only a part."""
+        pairs = ((self.layer_nbytes[index], self.staying_nbytes[index]) for index in layers)
+        return max((whole for whole, kept in pairs if kept < whole), default=0)
 
     def workspace_of(self, micro_batch_tokens: int, pass_tokens: int) -> int:
         """Bytes of activations that passes of this size need."""
@@ -164,13 +176,16 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     everything = range(len(shape.layer_nbytes))
     most = len(everything) if limits.device_layers is None else limits.device_layers
     num_slots = 0
-    on_device = _spread(shape.layer_nbytes, room * 4 // 5, everything, most)
+    loading = max(shape.loading_nbytes(everything) - workspace, 0)  # without slots, layers are loaded in the workspace
+    left = room - loading
+    on_device = _spread(shape.staying_nbytes, min(left * 4 // 5, left - _minimum_kv(shape)), everything, most)
     if len(on_device) < len(everything):
         largest = max(shape.layer_nbytes)
         num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) * 3 // (4 * largest)))
         left = room - num_slots * largest
-        left = left // 2 if limits.device_layers is None else left - _minimum_kv(shape)
-        on_device = _spread(shape.layer_nbytes, left, everything, most)
+        share = left // 2 if limits.device_layers is None else left
+        left = min(share, left - _minimum_kv(shape))
+        on_device = _spread(shape.staying_nbytes, left, everything, most)
     streamed = [index for index in everything if index not in on_device]
     in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, len(streamed))
     on_disk = [index for index in streamed if index not in in_host]
@@ -182,9 +197,11 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
             got=format_size(nvme_nbytes),
             fix=f"Give the host {format_size(nvme_nbytes - tiers.nvme)} more, or raise the NVMe limit.",
         )
-    slot_nbytes = max((shape.layer_nbytes[index] for index in streamed), default=0)
     num_slots = min(num_slots, len(streamed))
-    device_layers = sum(shape.layer_nbytes[index] for index in on_device)
+    loading = shape.loading_nbytes(on_device)
+    slot_nbytes = max(loading, *(shape.layer_nbytes[index] for index in streamed)) if num_slots else 0
+    workspace = workspace if num_slots else max(workspace, loading)
+    device_layers = sum(shape.staying_nbytes[index] for index in on_device)
     return Plan(
         tiers=tuple(
             Tier.DEVICE if index in on_device else Tier.HOST if index in in_host else Tier.NVME for index in everything
@@ -196,7 +213,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         max_scores=scores,
         resident_nbytes=shape.resident_nbytes,
         workspace_nbytes=workspace,
-        kv_nbytes=room - device_layers - num_slots * slot_nbytes,
+        kv_nbytes=tiers.device - shape.resident_nbytes - workspace - device_layers - num_slots * slot_nbytes,
         device_layer_nbytes=device_layers,
         host_nbytes=sum(shape.wire_nbytes[index] for index in in_host),
         nvme_nbytes=nvme_nbytes,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -127,7 +128,7 @@ class WeightStream:
 
     def _place(self, plan: Plan, cleanup: ExitStack) -> None:
         on_device = plan.layers_in(Tier.DEVICE)
-        self._own = {index: self._allocate(self._layouts[index].nbytes, cleanup) for index in on_device}
+        self._own = {index: self._allocate(self._layouts[index].parameter_nbytes, cleanup) for index in on_device}
         streamed = [index for index in range(len(self._layouts)) if index not in self._own]
         self._slots = [
             _Slot(self._allocate(plan.slot_nbytes, cleanup), streamed[number :: plan.num_slots])
@@ -194,22 +195,43 @@ class WeightStream:
         `progress` is called with (bytes done, bytes in all) after each unit. Raises ReadError, FileChangedError or
         ChecksumError.
         """
+        self._copies.wait_for_computing(self._copies.computed())  # buffers may be memory that it was still using
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
+        shrinking = [index for index, buffer in self._own.items() if buffer.numel() < self._layouts[index].nbytes]
         fetches = [self._fetch_from_disk(None, self.resident)]
-        fetches += [self._fetch_from_disk(index, buffer) for index, buffer in self._own.items()]
+        fetches += [self._fetch_from_disk(index, self._own[index]) for index in self._own if index not in shrinking]
         fetches += [self._fetch_to_host(index) for index in self._filled]
         for fetch in fetches:
             self._lane.start(fetch)
         total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
+        total += sum(chunk.nbytes for index in shrinking for chunk in self._chunks[index])
         done = 0
-        for fetch in fetches:
+        for fetch in chain(fetches, self._shrunk(shrinking)):
             fetch.copies.block_until(fetch.arrived.result())
             done += sum(chunk.nbytes for chunk in fetch.chunks)
             if progress:
                 progress(done, total)
         for slot in self._slots:
             self._refill(slot, slot.cycle[0])
+
+    def _shrunk(self, layers: Sequence[int]) -> Iterator[Fetch]:
+        """Load layers that stay on the device without what they were made from: in a slot, or memory for a while."""
+        if not layers:
+            return
+        needed = max(self._layouts[index].nbytes for index in layers)
+        with ExitStack() as cleanup:
+            whole = self._slots[0].buffer if self._slots else self._allocate(needed, cleanup)
+            for index in layers:
+                fetch = self._fetch_from_disk(index, whole)
+                self._lane.start(fetch)
+                self._copies.block_until(fetch.arrived.result())
+                fetch.buffer = self._own[index]  # nobody keeps what goes back at the end
+                with self._copies.issue():
+                    self._copies.copy(fetch.buffer, whole[: fetch.buffer.numel()])
+                self._copies.block_until(self._copies.mark())
+                yield fetch
+            del whole
 
     def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
         """Return the fetch of a layer, or of the resident unit (None), to its buffer on the device."""
@@ -299,8 +321,10 @@ class WeightStream:
                     self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
                 convert(layout, slot.buffer)
                 arrived.set_result(self._copies.mark())
-        except Exception as error:  # noqa: BLE001
-            arrived.set_exception(error)
+        except BaseException as error:
+            arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
+            if not isinstance(error, Exception):
+                raise
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""
@@ -328,8 +352,8 @@ class WeightStream:
     def settle(self) -> None:
         """Block until nothing is on its way into a slot."""
         for slot in self._slots:
-            if slot.arrived.exception() is None:
-                self._copies.block_until(slot.arrived.result())
+            slot.arrived.exception()  # what failed has ended too, but for copies that it had issued before
+        self._copies.block_until(self._copies.mark())
 
     def __enter__(self) -> Self:
         return self

@@ -82,3 +82,12 @@ def test_logprobs_are_the_models_own_with_ranks(sampler):
 def test_half_precision_logits_are_sampled_in_float32(sampler):
     rows = logits(3).bfloat16()
     assert len(sampler.sample(rows, [sequence(n, temperature=1.0) for n in range(3)])) == 3
+
+
+def test_numbers_as_large_as_json_has_them(sampler):
+    """One line of a batch job with such a number would else end the job, again and again."""
+    sequences = [sequence(temperature=10**30, top_k=10**30), sequence(temperature=1e-320, logprobs=100)]
+    drawn, cold = sampler.sample(logits(2), sequences)
+    assert 0 <= drawn.id < 50
+    assert cold.id == int(logits(2)[1].argmax())
+    assert len(cold.logprobs) == 50

@@ -26,6 +26,8 @@ def test_fields_of_other_engines_are_refused_by_name():
         ("max_tokens", 1.5),
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", 10**400),
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.1),

@@ -60,6 +60,12 @@ def test_a_journal_without_entries_leaves_no_file(tmp_path):
     assert not path.exists()
 
 
+def test_one_that_names_the_job_of_more_than_its_entries_is_kept(tmp_path):
+    path = tmp_path / "out.part"
+    Journal.open(path, JOB, keep_empty=True).close()
+    assert reopened(path) == (set(), [])
+
+
 def test_what_was_not_committed_is_not_there(tmp_path):
     path = tmp_path / "out.part"
     write(path, [(1, b"one")]).close()
@@ -85,8 +91,11 @@ def test_a_line_torn_at_any_byte_is_cut_off_and_nothing_else(tmp_path, kept, las
     assert reopened(path) == (set(range(1, number + 1)), [*kept, last])
 
 
+TAILS = [b"2 00000000 two\n1 00000000 x\n", b"9" * 5000 + b" 00000000 x\n"]
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tail=st.one_of(st.binary(max_size=200), st.just(bytes(4096)), st.just(b"2 00000000 two\n1 00000000 x\n")))
+@given(tail=st.one_of(st.binary(max_size=200), st.just(bytes(4096)), st.sampled_from(TAILS)))
 def test_whatever_a_crash_leaves_behind_the_last_commit_is_cut_off(tmp_path, tail):
     path = tmp_path / "out.part"
     path.unlink(missing_ok=True)

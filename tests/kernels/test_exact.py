@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +14,16 @@ from torch import Tensor
 from penstock.kernels.exact import choose_table, decode, decode_reference, encode
 
 PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
+WAYS = ["cpu", "triton"]
+
+
+@pytest.fixture
+def way(request):
+    """A decoder, and the device of its tensors."""
+    device = "cpu" if request.param == "cpu" else request.getfixturevalue("triton_device")
+    if device in {request.param, "cuda"}:
+        return decode, device
+    return importlib.import_module("penstock.kernels.expand_triton").decode_exact, device
 
 
 def rows(tensors: list[Tensor], step: int, device: str) -> Tensor:
@@ -26,15 +35,16 @@ def rows(tensors: list[Tensor], step: int, device: str) -> Tensor:
     return buffer.to(device).as_strided((len(tensors), longest), (step, 1)).view(tensors[0].dtype)
 
 
-def check(tensors: list[Tensor], device: str = "cpu") -> None:
+def check(tensors: list[Tensor], way: tuple[Callable[..., None], str]) -> None:
     """Encode tensors of one size, each with a table of its own, and decode them as a batch."""
+    decoder, device = way
     tables = [choose_table(one) for one in tensors]
     made = [encode(one, table) for one, table in zip(tensors, tables, strict=True)]
     step = 4 * (tensors[0].numel() // 256 + 1) * 256
     parts = [rows([getattr(one, name) for one in made], step, device) for name in ("low", "code", "start", "extra")]
     low, code, start, extra = parts
     out = torch.zeros(len(tensors), tensors[0].numel() + 128, dtype=torch.bfloat16, device=device)
-    decode(low, code, rows(tables, step, device), start, extra, out=out[:, : tensors[0].numel()])
+    decoder(low, code, rows(tables, step, device), start, extra, out=out[:, : tensors[0].numel()])
     for index, one in enumerate(tensors):
         wanted = one.reshape(-1).view(torch.int16)
         assert torch.equal(out[index, : one.numel()].cpu().view(torch.int16), wanted)
@@ -44,16 +54,16 @@ def check(tensors: list[Tensor], device: str = "cpu") -> None:
     assert not out[:, tensors[0].numel() :].any(), "it wrote behind a row"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS, indirect=True)
 @pytest.mark.parametrize("size", [1, 2, 3, 1023, 1024, 1025, 40001, 65536])
-def test_all_patterns(size: int, device: str) -> None:
+def test_all_patterns(size: int, way) -> None:
     shuffled = PATTERNS[torch.randperm(65536, generator=torch.Generator().manual_seed(size))]
-    check([PATTERNS[:size], shuffled[:size], PATTERNS[-size:], torch.zeros(size, dtype=torch.bfloat16)], device)
+    check([PATTERNS[:size], shuffled[:size], PATTERNS[-size:], torch.zeros(size, dtype=torch.bfloat16)], way)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_more_than_the_cpu_takes_at_once(device: str) -> None:
-    check([(torch.randn(300_001, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()], device)
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+def test_more_than_the_cpu_takes_at_once(way) -> None:
+    check([(torch.randn(300_001, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()], way)
 
 
 def test_codes_go_to_the_most_frequent_exponents() -> None:

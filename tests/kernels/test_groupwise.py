@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -77,26 +78,27 @@ def test_a_search_never_makes_the_error_larger(bits: int, symmetric: bool) -> No
         assert errors[1].sum() < 0.97 * errors[0].sum()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
-def test_the_gpu_decodes_the_same_bits(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
-    """A strided batch in one launch."""
-    for shape in SHAPES:
+def test_triton_decodes_the_same_bits(triton_device: str, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    """A strided batch in one launch. Triton's interpreter cuts float32 to bfloat16 instead of rounding it."""
+    interpreted = triton_device == "cpu"
+    kernel = importlib.import_module("penstock.kernels.expand_triton").dequantise if interpreted else dequantise
+    for shape in SHAPES[: -1 if interpreted else None]:
         many = [weights(shape, dtype) * factor for factor in (1.0, 0.5, -2.0)]
         made = [quantise(one, bits=bits, group_size=64, symmetric=symmetric) for one in many]
 
         def batch(name: str, made: list[Quantised] = made) -> Tensor:
-            parts = torch.stack([getattr(one, name) for one in made]).cuda()
-            padded = torch.zeros(3, parts[0].numel() + 256, dtype=parts.dtype, device="cuda")
+            parts = torch.stack([getattr(one, name) for one in made]).to(triton_device)
+            padded = torch.zeros(3, parts[0].numel() + 256, dtype=parts.dtype, device=triton_device)
             padded[:, : parts[0].numel()] = parts.flatten(1)
             return padded[:, : parts[0].numel()].unflatten(1, parts.shape[1:])
 
-        out = torch.zeros(3, many[0].numel() + 64, dtype=dtype, device="cuda")
+        out = torch.zeros(3, many[0].numel() + 64, dtype=dtype, device=triton_device)
         target = out[:, : many[0].numel()].unflatten(1, shape)
-        dequantise(
-            batch("codes"), batch("scale"), None if symmetric else batch("zero"), target, bits=bits, group_size=64
-        )
+        kernel(batch("codes"), batch("scale"), None if symmetric else batch("zero"), target, bits=bits, group_size=64)
         for index, one in enumerate(many):
-            assert torch.equal(target[index].cpu(), decoded(made[index], one, bits, 64))
+            rounding = 2**-7 if interpreted and dtype == torch.bfloat16 else 0
+            wanted = decoded(made[index], one, bits, 64)
+            torch.testing.assert_close(target[index].cpu(), wanted, atol=0, rtol=rounding)
         assert not out[:, many[0].numel() :].any()

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 
-from penstock.errors import ChecksumError
+from penstock.errors import ChecksumError, ReadError
 from penstock.io.files import SourceFile, TensorEntry
 from penstock.offload.checks import UnitChecks, verify_by_itself
 from penstock.offload.chunks import plan_chunks
@@ -85,4 +85,7 @@ def test_a_tensor_that_is_read_in_part_is_named(stored, begin, nbytes):
     path = checks[6].entry.file.path
     path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
     with pytest.raises(ChecksumError, match="t6"):
+        verify_by_itself(checks[6])
+    path.unlink()
+    with pytest.raises(ReadError, match="No such file"):
         verify_by_itself(checks[6])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -56,6 +57,46 @@ def test_every_plan_keeps_its_budgets_and_places_every_layer(shape, device, host
     assert all(shape.layer_nbytes[index] <= made.slot_nbytes for index in streamed)
     assert 1 <= made.micro_batch_tokens <= made.pass_tokens
     assert made.host_nbytes == sum(shape.wire_nbytes[index] for index in made.layers_in(Tier.HOST))
+
+
+def keeping(made: ModelShape, shares: list[int]) -> ModelShape:
+    """The same model whose layers keep a part of their buffers, in hundredths."""
+    kept = (-(-nbytes * shares[index % len(shares)] // 100) for index, nbytes in enumerate(made.layer_nbytes))
+    return replace(made, kept_nbytes=tuple(kept))
+
+
+@given(
+    shapes, st.lists(st.integers(1, 100), min_size=1, max_size=5), st.integers(0, 9000), st.none() | st.integers(0, 30)
+)
+def test_what_layers_keep_on_the_device_is_counted_and_so_is_loading_them(shape, shares, room, most):
+    """In budgets that are little more than the least."""
+    shape = keeping(shape, shares)
+    limits = replace(LIMITS, device_layers=most)
+    device = SCORES + room
+    try:
+        made = make_plan(shape, MemoryTiers(device=device, host=0), limits)
+    except BudgetError:
+        return
+    on_device = made.layers_in(Tier.DEVICE)
+    assert made.device_nbytes <= device
+    assert made.kv_nbytes >= shape.kv_sequence_nbytes + 16 * shape.kv_token_nbytes
+    assert made.device_layer_nbytes == sum(shape.kept_nbytes[index] for index in on_device)
+    loading = max((shape.layer_nbytes[i] for i in on_device if shape.kept_nbytes[i] < shape.layer_nbytes[i]), default=0)
+    assert loading <= (made.slot_nbytes if made.num_slots else made.workspace_nbytes)
+
+
+def test_layers_on_the_device_leave_what_one_sequence_needs():
+    tight = shape((1, 125, 390, 89, 1, 1, 473, 105, 1, 1, 1), resident_nbytes=1, fixed_nbytes=0, kv_token_nbytes=17)
+    tight = replace(tight, workspace_nbytes=0, held_nbytes=0)
+    made = make_plan(tight, MemoryTiers(device=SCORES + 861, host=0), LIMITS)
+    assert made.kv_nbytes >= 5 + 16 * 17
+
+
+def test_more_layers_stay_on_the_device_when_they_keep_less():
+    tiers = MemoryTiers(device=SCORES + 1500, host=0)
+    whole = make_plan(shape((100,) * 20), tiers, LIMITS)
+    half = make_plan(keeping(shape((100,) * 20), [50]), tiers, LIMITS)
+    assert len(half.layers_in(Tier.DEVICE)) >= 2 * len(whole.layers_in(Tier.DEVICE)) > 0
 
 
 @given(shapes)

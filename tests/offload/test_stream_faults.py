@@ -1,6 +1,7 @@
 """What the weight stream does when reads fail, when a pass is interrupted, and when it is closed in the middle."""
 
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_stream import N, _parameters, plan
 from penstock.errors import ClosedError, ReadError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.fake import FakeReader, Fault
+from penstock.offload.copies import Copies
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import Tier
 
@@ -119,6 +121,52 @@ def test_an_interrupt_while_waiting_does_not_corrupt_the_next_pass(tiny_llama, m
         threading.Timer(0.05, reader.gate.set).start()
         check_pass(stream, model, expected)
         check_pass(stream, model, expected)
+
+
+class AsynchronousCopies(Copies):
+    """Issued by the computing's thread, as on CUDA, where Ctrl-C and conversions without memory come in the middle."""
+
+    asynchronous = True
+    error: BaseException | None = None
+    marks = 0
+
+    def copy(self, destination, source):
+        super().copy(destination, source)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def block_until(self, mark):
+        self.blocked_until = mark
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no memory for a conversion")])
+def test_an_error_while_copies_are_issued_leaves_nothing_that_is_waited_for_in_vain(
+    tiny_llama, model, expected, monkeypatch, error
+):
+    copies = AsynchronousCopies()
+    monkeypatch.setattr("penstock.offload.stream.copies_for", lambda *_, **__: copies)
+    with open_stream(tiny_llama, model, FakeReader(), (Tier.HOST,) * 6) as stream:
+        stream.load()
+        with stream.layer(0):
+            pass
+        copies.error = error
+        with pytest.raises(type(error)):
+            with stream.layer(1):
+                pass
+            with stream.layer(2), stream.layer(3):
+                pass
+        assert all(slot.arrived.done() for slot in stream._slots)
+        check_pass(stream, model, expected)
+        copies.error = error
+        with suppress(BaseException), stream.layer(0):
+            pass
+        last = copies.marks
+    assert copies.blocked_until > last, "what had been issued before the error has ended before memory is given back"
 
 
 def test_closing_drops_what_is_only_queued(tiny_llama, model):
