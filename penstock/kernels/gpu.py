@@ -12,11 +12,11 @@ __all__ = ["triton_kernels"]
 logger = logging.getLogger("penstock.kernels")
 
 
-@lru_cache(maxsize=1)
-def triton_kernels() -> ModuleType | None:
-    """Return the module of kernels, or None, logged once, where Triton is missing: then plain torch does the work."""
+@lru_cache(maxsize=2)
+def triton_kernels(name: str = "expand_triton") -> ModuleType | None:
+    """Return a module of kernels, or None, logged once, where Triton is missing: then plain torch does the work."""
     try:
-        return importlib.import_module("penstock.kernels.expand_triton")
+        return importlib.import_module(f"penstock.kernels.{name}")
     except ImportError as error:
         logger.warning("weights are expanded with plain torch operations, which is slow: %s", error)
         return None

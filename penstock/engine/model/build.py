@@ -27,12 +27,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
 from penstock.engine.model.mapping import WeightMap, map_weights
 from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
+from penstock.engine.quantised.recognise import code_tensors, read_scheme
 from penstock.errors import (
     ConfigError,
     MissingFileError,
@@ -44,11 +46,21 @@ from penstock.errors import (
 )
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry
-from penstock.offload.buffers import DTYPES, view_of
+from penstock.offload.buffers import DTYPES, dtype_name, view_of
 from penstock.offload.layout import Layout
-from penstock.offload.manifest import Check, CodedTensor, open_stored
+from penstock.offload.manifest import Check, CodedTensor, Stored, open_stored
+from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline", "read_json"]
+__all__ = [
+    "Outline",
+    "StreamedModel",
+    "factory_for",
+    "load_config",
+    "load_model",
+    "open_weights",
+    "outline",
+    "read_json",
+]
 
 _LARGE_ELEMENTS = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,14 +175,12 @@ class Outline:
     needed: Callable[[str], bool]
 
 
-def outline(
-    config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: Mapping[str, TensorEntry | CodedTensor]
-) -> Outline:
-    """Build the module that a config describes, in `dtype`, or with "auto" in the config's or that of `tensors`.
+def outline(config: Any, directory: Path, *, dtype: str | torch.dtype) -> Outline:
+    """Build the module that a config describes, in `dtype`, or with "auto" in the config's.
 
     Raises ModelError where transformers cannot build it, or it has no layers.
     """
-    compute_dtype = _resolve_dtype(dtype, config, tensors)
+    compute_dtype = _resolve_dtype(dtype, config, {})
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
@@ -192,9 +202,10 @@ def load_model(
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
-    stored = open_stored(checkpoint or Checkpoint.open(directory))
-    made = outline(config, directory, dtype=dtype, tensors=stored.tensors)
+    stored, compute_dtype = open_weights(checkpoint or Checkpoint.open(directory), config, directory, dtype=dtype)
+    made = outline(config, directory, dtype=compute_dtype)
     module, layers = made.module, made.layers
+    _check_orientation(module, stored, directory)
     adaptation = adapt(module, layers)
     gate_bodies(module, made.layers_name)
     _place_buffers(module, device)
@@ -245,14 +256,7 @@ def load_config(directory: Path) -> Any:
         raise UnknownArchitectureError(
             f"the installed transformers does not know the model type {kind!r}", file=file, fix="Upgrade transformers."
         )
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedFormatError(
-            f"the weights are quantised with {method or 'an unnamed method'}, which is not supported",
-            file=file,
-            fix="Use the model's unquantised checkpoint.",
-        )
+    read_scheme(raw, file)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -260,7 +264,32 @@ def load_config(directory: Path) -> Any:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UnknownArchitectureError(f"{kind!r} is not a causal language model in transformers", file=file)
     refuse(config)
+    return _unquantised(config)
+
+
+def _unquantised(config: Any) -> Any:
+    """Take out what would make transformers build quantised modules: the model is the one that was quantised."""
+    for one in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(one, name):
+                delattr(one, name)
     return config
+
+
+def open_weights(
+    checkpoint: Checkpoint, config: Any, directory: Path, *, dtype: str | torch.dtype
+) -> tuple[Stored, torch.dtype]:
+    """Open a checkpoint, with coded tensors for weights that are packed or quantised; also resolve the dtype.
+
+    Raises CheckpointError where the tensors are not what the config in `directory` or the manifest says.
+    """
+    stored = open_stored(checkpoint)
+    compute_dtype = _resolve_dtype(dtype, config, stored.tensors)
+    file = directory / "config.json"
+    scheme = read_scheme(read_json(file), file)
+    if scheme is not None:
+        stored = code_tensors(stored, scheme, dtype_name(compute_dtype), directory=directory)
+    return stored, compute_dtype
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -276,6 +305,19 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ModelError("not a model's config", file=file, wanted="an object", got=type(raw).__name__)
     return raw
+
+
+def _check_orientation(module: Any, stored: Stored, directory: Path) -> None:
+    """Refuse quantised weights of GPT-2's transposed layers: formats differ in which way round they store them."""
+    turned = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Conv1D)}
+    for name, one in stored.tensors.items():
+        scaled = isinstance(one, CodedTensor) and isinstance(one.coding, ScaledCoding)
+        if scaled and any(target == name or target.endswith(f".{name}") for target in turned):
+            raise UnsupportedFormatError(
+                f"{name!r} is quantised, and a transposed layer (Conv1D)",
+                file=directory,
+                fix="Use the model's unquantised checkpoint.",
+            )
 
 
 def _resolve_dtype(

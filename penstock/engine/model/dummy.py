@@ -91,7 +91,7 @@ def _change_depth(model: Path, folder: Path, num_layers: int) -> None:
 
 def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
     """Return the tensors of the resident unit and of each layer, as the family's checkpoints store them."""
-    made = outline(load_config(model), model, dtype=dtype, tensors={})
+    made = outline(load_config(model), model, dtype=dtype)
     dtypes = parameter_dtypes(made.module, made.dtype)
     units: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in made.module.state_dict().items():
