@@ -13,10 +13,10 @@ logger = logging.getLogger("penstock.kernels")
 
 
 @lru_cache(maxsize=2)
-def triton_kernels(name: str = "expand_triton") -> ModuleType | None:
-    """Return a module of kernels, or None, logged once, where Triton is missing: then plain torch does the work."""
+def triton_kernels(name: str = "expand") -> ModuleType | None:
+    """Return the module `penstock.kernels.{name}_triton`, or None, logged, without Triton: torch does it then."""
     try:
-        return importlib.import_module(f"penstock.kernels.{name}")
+        return importlib.import_module(f"penstock.kernels.{name}_triton")
     except ImportError as error:
         logger.warning("weights are expanded with plain torch operations, which is slow: %s", error)
         return None

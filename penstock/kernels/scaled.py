@@ -70,7 +70,7 @@ def decode(form: Form, codes: Tensor, scale: Tensor, zero: Tensor | None, index:
     An index beyond the last group counts as the last.
     """
     matrix = Matrix.of(form, codes, scale, zero, index)
-    if out.is_cuda and (kernels := triton_kernels("scaled_triton")) is not None:
+    if out.is_cuda and (kernels := triton_kernels("scaled")) is not None:
         kernels.decode(form, matrix, out)
         return
     work = decode_reference if out.is_cuda else _decode_cpu

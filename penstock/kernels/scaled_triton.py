@@ -5,8 +5,6 @@ One kernel serves all forms: they differ in constants and strides. `scaled` hold
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +29,7 @@ def decode(form: Form, matrix: Matrix, out: Tensor) -> None:
     across = triton.cdiv(columns, tile_columns)
     zero = matrix.scale if matrix.zero is None else matrix.zero
     index = matrix.scale if matrix.index is None else matrix.index
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         _decode[triton.cdiv(rows, tile_rows) * across, count](
             matrix.codes,
             matrix.scale,
@@ -66,7 +64,13 @@ def decode(form: Form, matrix: Matrix, out: Tensor) -> None:
 
 
 @triton.jit
-def _shift(place: Any, BITS: tl.constexpr, AWQ: tl.constexpr):
+def _wide(index):
+    """A place in memory may be beyond 31 bits, a row or column is not."""
+    return index.to(tl.int64)
+
+
+@triton.jit
+def _shift(place, BITS: tl.constexpr, AWQ: tl.constexpr):
     """Where in its word the `place`-th code lies, in bits."""
     if AWQ:
         return (place // 2 + (place % 2) * 4) * 4
@@ -74,7 +78,7 @@ def _shift(place: Any, BITS: tl.constexpr, AWQ: tl.constexpr):
 
 
 @triton.jit
-def _small_float(code: Any, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
+def _small_float(code, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr):
     """Decode by integer arithmetic, which every GPU has: mantissa × a power of two, exact in float32."""
     exponent = (code >> MANTISSA) & ((1 << (BITS - 1 - MANTISSA)) - 1)
     fraction = code & ((1 << MANTISSA) - 1)
@@ -88,32 +92,32 @@ def _small_float(code: Any, BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl
 
 @triton.jit
 def _decode(
-    codes: Any,
-    scale: Any,
-    zero: Any,
-    index: Any,
-    out: Any,
-    rows: Any,
-    columns: Any,
-    across: Any,
-    block_rows: Any,
-    block_columns: Any,
-    num_groups: Any,
-    zero_shift: Any,
-    zero_rows: Any,
-    codes_item: Any,
-    codes_row: Any,
-    codes_column: Any,
-    scale_item: Any,
-    scale_row: Any,
-    scale_column: Any,
-    zero_item: Any,
-    zero_row: Any,
-    zero_column: Any,
-    index_item: Any,
-    out_item: Any,
-    out_row: Any,
-    out_column: Any,
+    codes,
+    scale,
+    zero,
+    index,
+    out,
+    rows,
+    columns,
+    across,
+    block_rows,
+    block_columns,
+    num_groups,
+    zero_shift,
+    zero_rows,
+    codes_item,
+    codes_row,
+    codes_column,
+    scale_item,
+    scale_row,
+    scale_column,
+    zero_item,
+    zero_row,
+    zero_column,
+    index_item,
+    out_item,
+    out_row,
+    out_column,
     BITS: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
@@ -128,37 +132,37 @@ def _decode(
     COLUMNS: tl.constexpr,
 ) -> None:
     item = tl.program_id(1).to(tl.int64)
-    down = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    along = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    down = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
+    along = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     row, column = down[:, None], along[None, :]
     inside = (row < rows) & (column < columns)
-    at = item * codes_item + (row // ROW_PACK) * codes_row + (column // COLUMN_PACK) * codes_column
+    at = item * codes_item + _wide(row // ROW_PACK) * codes_row + _wide(column // COLUMN_PACK) * codes_column
     code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
     if ROW_PACK > 1:
-        code = (code >> _shift((row % ROW_PACK).to(tl.int32), BITS, AWQ)) & ((1 << BITS) - 1)
+        code = (code >> _shift(row % ROW_PACK, BITS, AWQ)) & ((1 << BITS) - 1)
     if COLUMN_PACK > 1:
-        code = (code >> _shift((column % COLUMN_PACK).to(tl.int32), BITS, False)) & ((1 << BITS) - 1)
+        code = (code >> _shift(column % COLUMN_PACK, BITS, False)) & ((1 << BITS) - 1)
     runs = along // block_columns
     if HAS_INDEX:
-        named = tl.load(index + item * index_item + along, mask=along < columns, other=0).to(tl.int64)
+        named = tl.load(index + item * index_item + along, mask=along < columns, other=0)
         runs = tl.where(named < 0, runs, tl.minimum(named, num_groups - 1))
     group = runs[None, :]
     if MANTISSA > 0:
         value = _small_float(code, BITS, MANTISSA, BIAS)
     else:
         if HAS_ZERO:
-            stored = zero + item * zero_item + (row // zero_rows) * zero_row + group * zero_column
-            point = tl.load(stored, mask=inside, other=0).to(tl.int32)
+            points = zero + item * zero_item + _wide(row // zero_rows) * zero_row + _wide(group) * zero_column
+            point = tl.load(points, mask=inside, other=0).to(tl.int32)
             if ZERO_PACK > 1:
-                point = (point >> _shift((row % ZERO_PACK).to(tl.int32), BITS, AWQ)) & ((1 << BITS) - 1)
+                point = (point >> _shift(row % ZERO_PACK, BITS, AWQ)) & ((1 << BITS) - 1)
             code -= point
         value = (code - zero_shift).to(tl.float32)
-    factor = tl.load(
-        scale + item * scale_item + (row // block_rows) * scale_row + group * scale_column, mask=inside, other=0
-    )
+    stored = scale + item * scale_item + _wide(row // block_rows) * scale_row + _wide(group) * scale_column
+    factor = tl.load(stored, mask=inside, other=0)
     if EXPONENTS:
         bits = factor.to(tl.int32)
         bits = tl.where(bits == 0, 1 << 22, tl.where(bits == 255, 0x7FC00000, bits << 23))
         factor = bits.to(tl.float32, bitcast=True)
     value = value * factor.to(tl.float32)
-    tl.store(out + item * out_item + row * out_row + column * out_column, value.to(out.dtype.element_ty), mask=inside)
+    at = item * out_item + _wide(row) * out_row + _wide(column) * out_column
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
