@@ -168,7 +168,10 @@ def _decode_cpu(form: Form, matrix: Matrix, out: Tensor) -> None:
             if zeros is not None:
                 cells.sub_(zeros[some, groups, None])
             cells.mul_(factors[row[some], groups, None])
-        out[some].copy_(values)
+        if out.stride(1) == 1:
+            out[some].copy_(values)
+        else:  # turned in the cache, so that runs of memory are written
+            out.T[:, some].copy_(values.to(out.dtype).T.contiguous())
 
 
 def _pieces(rows: int, columns: int) -> Iterator[slice]:
@@ -191,13 +194,18 @@ def _numbers_cpu(form: Form, matrix: Matrix, some: slice) -> Tensor:
     rows = some.stop - some.start
     signed = matrix.codes.dtype == torch.int8
     if form.packing == "awq":
-        words = matrix.codes[some.start // 8 : -(-some.stop // 8)].contiguous()
-        codes = torch.stack([words >> shift & 15 for shift in AWQ_SHIFTS], 1).to(torch.uint8).flatten(0, 1)[:rows]
-        return torch.from_numpy(np.take(_table(form.number, signed=False), codes.numpy(), mode="clip"))
+        words = matrix.codes[some.start // 8 : -(-some.stop // 8)].clone(memory_format=torch.contiguous_format)
+        codes = torch.empty(words.shape[0], 8, words.shape[1], dtype=torch.uint8)
+        for place, shift in enumerate(AWQ_SHIFTS):
+            byte = words.view(torch.uint8)[:, shift // 8 :: 4]
+            codes[:, place] = byte >> 4 if shift % 8 else byte & 15
+        return codes.flatten(0, 1)[:rows].float()
     part = matrix.codes[some]
     if form.packing == "words":
         part = part.clone(memory_format=torch.contiguous_format)
     stored = part.view(torch.uint8).numpy()
+    if form.bits == 8 and form.number == "int":
+        return torch.from_numpy(stored).view(matrix.codes.dtype if signed else torch.uint8).float()
     if form.bits == 8:
         stored = stored.view(np.uint16) if stored.shape[1] % 2 == 0 else stored
         table = (

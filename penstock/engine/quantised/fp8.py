@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from penstock.engine.quantised.scheme import FLOATS, Found, Roles, Scheme, Settings
+from penstock.io.dummy import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.kernels.forms import Form
 from penstock.offload.scaled import ScaledCoding
@@ -11,6 +14,8 @@ __all__ = ["fbgemm_scheme", "fp8_scheme"]
 
 CODES = ("F8_E4M3",)
 _ROLES = Roles("", {"scale": ("_scale_inv", "_scale")}, CODES)
+_RANDOM = 0.6
+"""The size of made-up codes: the root of their mean square."""
 
 
 def fp8_scheme(settings: Settings) -> Scheme:
@@ -33,7 +38,17 @@ def fp8_scheme(settings: Settings) -> Scheme:
         scale = found.check("scale", scales, *([grid] if block else [(), (1,), grid]))
         return ScaledCoding(form, dtype, codes.shape), (codes, scale)
 
-    return Scheme(settings.method, _ROLES, code, left.__contains__)
+    def make_up(name: str, shape: tuple[int, ...]) -> tuple[DummyTensor, ...]:
+        if len(shape) != 2:
+            return ()
+        grid = Form("e4m3", 8, block).grid(*shape) if block else ()
+        scale = 1 / (_RANDOM * math.sqrt(shape[1]))
+        return (
+            DummyTensor(name, CODES[0], shape, fill="bits"),
+            DummyTensor(f"{name}_scale_inv", "F32", grid, fill=scale),
+        )
+
+    return Scheme(settings.method, _ROLES, code, left.__contains__, make_up)
 
 
 def fbgemm_scheme(settings: Settings) -> Scheme:

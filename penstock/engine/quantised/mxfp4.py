@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from penstock.engine.quantised.scheme import Found, Roles, Scheme, Settings
+from penstock.io.dummy import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.kernels.forms import Form
 from penstock.offload.scaled import ScaledCoding
@@ -11,6 +14,8 @@ __all__ = ["mxfp4_scheme"]
 
 _ROLES = Roles("", {"codes": ("_blocks",), "scale": ("_scales",)}, ())
 _GROUP = 32
+_RANDOM = 2.5
+"""The size of made-up codes: about the root of their mean square."""
 
 
 def mxfp4_scheme(settings: Settings) -> Scheme:
@@ -25,4 +30,15 @@ def mxfp4_scheme(settings: Settings) -> Scheme:
         shape = (experts, groups * _GROUP, rows)
         return ScaledCoding(Form("e2m1", 4, (1, _GROUP)), dtype, shape, transposed=True), (blocks, scale)
 
-    return Scheme(settings.method, _ROLES, code, left.__contains__)
+    def make_up(name: str, shape: tuple[int, ...]) -> tuple[DummyTensor, ...]:
+        if len(shape) != 3 or shape[1] % _GROUP:
+            return ()
+        experts, columns, rows = shape
+        grid = (experts, rows, columns // _GROUP)
+        exponent = 127 - round(math.log2(_RANDOM * math.sqrt(columns)))
+        return (
+            DummyTensor(f"{name}_blocks", "U8", (*grid, _GROUP // 2), fill="bits"),
+            DummyTensor(f"{name}_scales", "U8", grid, fill=exponent),
+        )
+
+    return Scheme(settings.method, _ROLES, code, left.__contains__, make_up)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from penstock.errors import CheckpointError, MissingWeightError, UnsupportedFormatError
+from penstock.io.dummy import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.offload.scaled import ScaledCoding
 
@@ -135,10 +136,12 @@ class Scheme:
     """A way of quantising that a config names.
 
     `code` checks the parts of a weight against the config, headers only, and returns the coding to a dtype, and the
-    parts in its order. `ignored` tells whether the config says that a module stays as it is.
+    parts in its order. `ignored` tells whether the config says that a module stays as it is. `make_up` returns the
+    parts of a weight of this name and shape that is made up, or none for one that stays as it is.
     """
 
     method: str
     roles: Roles
     code: Callable[[Found, str], tuple[ScaledCoding, tuple[TensorEntry, ...]]]
     ignored: Callable[[str], bool]
+    make_up: Callable[[str, tuple[int, ...]], tuple[DummyTensor, ...]] | None = None
