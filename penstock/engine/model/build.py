@@ -288,6 +288,8 @@ def open_weights(
     file = directory / "config.json"
     scheme = read_scheme(read_json(file), file)
     if scheme is not None:
+        if compute_dtype not in _DTYPES.values():
+            raise ConfigError("not a dtype to decode to", wanted=", ".join(_DTYPES), got=compute_dtype, fix="Name one.")
         stored = code_tensors(stored, scheme, dtype_name(compute_dtype), directory=directory)
     return stored, compute_dtype
 

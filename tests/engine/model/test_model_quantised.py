@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from penstock.engine.llm import LLM
 from penstock.engine.model.build import load_model
 from penstock.engine.pack import pack
+from penstock.engine.quality import layer_errors
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.verify import verify
 from penstock.errors import CheckpointError, ConfigError, MissingWeightError, UnsupportedFormatError
@@ -117,7 +118,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     root = tmp_path_factory.mktemp("plain")
 
     def get(family: str, **changes: Any) -> Path:
-        path = root / family / "-".join(map(str, changes.values()))
+        path = root / family / "-".join(map(str, changes.values() or ["own"]))
         if not path.exists():
             settings = {**FAMILIES[family], "num_hidden_layers": 2, **changes}
             if "layer_types" in settings:
@@ -208,6 +209,18 @@ def test_the_dtype_is_the_configs(made: Callable[[str], Made]) -> None:
 def test_packing_again_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantised already, with gptq"):
         pack(made("gptq").path, tmp_path / "out", PackOptions("int8"))
+
+
+def test_what_a_published_quantisation_costs_each_layer(
+    plain: Callable[..., Path], made: Callable[[str], Made]
+) -> None:
+    one = made("packed")
+    errors = layer_errors(plain("qwen2"), one.path)
+    assert [each.layer for each in errors] == [0, 1]
+    assert all(0.02 < each.error < 0.2 and each.num_tensors == 7 for each in errors)
+    assert all(each.error < 1e-6 for each in layer_errors(one.decoded, one.path))
+    with pytest.raises(ConfigError, match="not a packed checkpoint"):
+        layer_errors(one.path, one.decoded)
 
 
 # ----------------------------------------------------------------------------------------------------- refusals
