@@ -62,10 +62,18 @@ def whole_fp8(name: str, weight: torch.Tensor) -> Any:
     return parts | {f"{name}_scale_inv": parts[f"{name}_scale_inv"].view(())}, values
 
 
+def fused_fp8(name: str, weight: torch.Tensor) -> Any:
+    """All experts of a layer in one tensor, and all their scales."""
+    each = [fp8(name, one, (16, 32)) for one in weight]
+    parts = {part: torch.stack([stored[part] for stored, _ in each]) for part in each[0][0]}
+    return parts, torch.stack([values for _, values in each])
+
+
 CASES: dict[str, tuple[str, dict[str, Any], Packer]] = {
     "fp8-blocks": ("deepseek_v3", FP8, partial(fp8, block=(40, 24))),
     "fp8-large-blocks": ("llama", {**FP8, "weight_block_size": [128, 128]}, fp8),
     "fp8-tensors": ("qwen3_moe", {**FP8, "weight_block_size": None}, whole_fp8),
+    "fp8-fused": ("gpt_oss", {**FP8, "weight_block_size": [16, 32]}, fused_fp8),
     "fbgemm": ("llama", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, rows_of_fp8),
     "mxfp4": ("gpt_oss", MXFP4, mxfp4),
     "packed": ("qwen2", compressed("pack-quantized", INT4), partial(compressed_packed, group_size=24)),
@@ -133,9 +141,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def made(plain: Callable[..., Path], tmp_path: Path) -> Callable[[str], Made]:
     def build(case: str) -> Made:
         family, config, packer = CASES[case]
-        return make(plain(family), tmp_path / case, config, packer, only=experts if packer is mxfp4 else None)
+        return make(plain(family), tmp_path / case, config, packer, only=chosen(packer))
 
     return build
+
+
+def chosen(packer: Packer) -> Callable[[str, torch.Tensor], bool] | None:
+    return experts if packer in (mxfp4, fused_fp8) else None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -176,20 +188,20 @@ def test_logits_are_those_of_transformers_own_dequantisation(
 
 
 @pytest.mark.parametrize("case", ["fp8-blocks", "mxfp4", "gptq-reordered", "awq", "packed"])
-def test_greedy_tokens_through_the_budget(case: str, made: Callable[[str], Made]) -> None:
+def test_greedy_tokens_through_the_budget(case: str, made: Callable[[str], Made], device: str) -> None:
     """No layer stays anywhere: each is read from disk, coded, in every pass; and the reference agrees."""
     one = made(case)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
-    with LLM(one.decoded, device="cpu", dtype="float32", tiers=MemoryTiers(device="100MiB", host="0")) as llm:
+    with LLM(one.decoded, device=device, dtype="float32", tiers=MemoryTiers(device="100MiB", host="0")) as llm:
         wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
     with LLM(
-        one.path, device="cpu", dtype="float32", device_layers=0, tiers=MemoryTiers(device="100MiB", host="0")
+        one.path, device=device, dtype="float32", device_layers=0, tiers=MemoryTiers(device="100MiB", host="0")
     ) as llm:
         assert len(llm.plan.layers_in("nvme")) == len(llm.model.layers)
         outputs = llm.generate(prompts, greedy)
     assert [output.outputs[0].token_ids for output in outputs] == wanted
-    assert verify(one.path, outputs, dtype="float32", device="cpu").passed
+    assert verify(one.path, outputs, dtype="float32", device=device).passed
 
 
 def test_experts_are_decoded_in_one_go_and_the_coded_bytes_travel(made: Callable[[str], Made]) -> None:
@@ -298,7 +310,7 @@ def whole(plain: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     def get(case: str) -> Path:
         family, config, packer = CASES[case]
         if not (root / case).exists():
-            make(plain(family), root / case, config, packer, only=experts if packer is mxfp4 else None)
+            make(plain(family), root / case, config, packer, only=chosen(packer))
         return root / case / "quantised"
 
     return get
@@ -328,6 +340,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], None], type[Exceptio
     ("fp8-large-blocks", change(f"{Q}weight_scale_inv", torch.Tensor.int), CheckpointError, "got I32 (1, 1)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.bfloat16), CheckpointError, "one too many"),
     ("fp8-large-blocks", change(f"{Q}weight", lambda one: one[:8]), CheckpointError, "does not fit parameter"),
+    ("fp8-fused", change(f"{FUSED}_scale_inv", lambda one: one[:, 1:]), CheckpointError, "(8, 4, 6), got F32 (8, 3, 6)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.flatten), CheckpointError, "wanted 2 or 3 dims"),
     ("mxfp4", drop(f"{FUSED}_scales"), MissingWeightError, "no scale beside"),
     ("mxfp4", change(f"{FUSED}_blocks", lambda one: one[..., :8]), CheckpointError, "wanted U8 (8, 192, 2, 16)"),
