@@ -97,7 +97,7 @@ def _read_group(settings: Settings, name: str, raw: Any) -> _Group:
         is_float=is_float,
         symmetric=own.one_of("symmetric", (True,) if is_float else (True, False), default=True),
         strategy=own.one_of("strategy", ("tensor", "channel", "group", "block")),
-        reordered=own.one_of("actorder", ("group", "weight", "static", "dynamic", None)) in {"group", "dynamic"},
+        reordered=own.one_of("actorder", ("group", "weight", "static", "dynamic", False, None)) in {"group", "dynamic"},
     )
 
 

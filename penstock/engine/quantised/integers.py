@@ -21,6 +21,7 @@ def gptq_scheme(settings: Settings) -> Scheme:
     version = settings.one_of(named, ("gptq", "gptq_v2"), "gptq")
     reordered = settings.one_of("desc_act", (True, False), default=False)
     settings.one_of("pack_dtype", ("int32",), "int32")
+    settings.one_of("is_marlin_format", (False, None))
     if any(not str(pattern).startswith("-") for pattern in settings.raw.get("dynamic") or ()):
         settings.refuse("dynamic, a quantisation of its own for some modules", "one for all", "several")
 
@@ -46,6 +47,7 @@ def awq_scheme(settings: Settings) -> Scheme:
     settings.one_of("version" if "version" in settings.raw else "format", ("gemm",), "gemm")
     settings.one_of("zero_point", (True,), default=True)
     group_size = settings.size("group_size" if "group_size" in settings.raw else "q_group_size", whole=-1)
+    left = settings.names("modules_to_not_convert")
 
     def code(found: Found, dtype: str) -> tuple[ScaledCoding, tuple[TensorEntry, ...]]:
         found.only("codes", "scale", "zero")
@@ -57,4 +59,4 @@ def awq_scheme(settings: Settings) -> Scheme:
         zero = found.check("zero", _WORDS, (groups, words.shape[1]))
         return ScaledCoding(form, dtype, (rows, columns), has_zero=True), (words, scale, zero)
 
-    return Scheme(settings.method, Roles("weight", _GPTQ, ()), code, lambda _: False)
+    return Scheme(settings.method, Roles("weight", _GPTQ, ()), code, left.__contains__)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from quantised_checkpoints import Made, awq, compressed_int8, compressed_packed, fp8, gptq, make, mxfp4
+from quantised_checkpoints import Made, awq, blocks_of, compressed_int8, compressed_packed, fp8, gptq, make, mxfp4
 from safetensors.torch import load_file, save_file
 from tiny_models import ANSWERS, PROMPTS, Stream, make_config, reference, save_checkpoint, worst_error
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
@@ -62,6 +62,16 @@ def whole_fp8(name: str, weight: torch.Tensor) -> Any:
     return parts | {f"{name}_scale_inv": parts[f"{name}_scale_inv"].view(())}, values
 
 
+def powers_fp8(name: str, weight: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Scales are powers of two, of which the exponents are stored."""
+    parts, _ = fp8(name, weight, (40, 24))
+    exponent = parts[f"{name}_scale_inv"].log2().ceil()
+    spread = blocks_of(exponent.exp2(), (40, 24), *weight.shape)
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    scale = (exponent + 127).to(torch.uint8).view(dtype)
+    return {name: codes, f"{name}_scale_inv": scale}, codes.float() * spread
+
+
 def fused_fp8(name: str, weight: torch.Tensor) -> Any:
     """All experts of a layer in one tensor, and all their scales."""
     each = [fp8(name, one, (16, 32)) for one in weight]
@@ -73,6 +83,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Packer]] = {
     "fp8-blocks": ("deepseek_v3", FP8, partial(fp8, block=(40, 24))),
     "fp8-large-blocks": ("llama", {**FP8, "weight_block_size": [128, 128]}, fp8),
     "fp8-tensors": ("qwen3_moe", {**FP8, "weight_block_size": None}, whole_fp8),
+    "fp8-powers": ("llama", FP8, partial(powers_fp8, dtype=torch.float8_e8m0fnu)),
+    "fp8-bytes": ("llama", {**FP8, "scale_fmt": "ue8m0"}, partial(powers_fp8, dtype=torch.uint8)),
     "fp8-fused": ("gpt_oss", {**FP8, "weight_block_size": [16, 32]}, fused_fp8),
     "fbgemm": ("llama", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, rows_of_fp8),
     "mxfp4": ("gpt_oss", MXFP4, mxfp4),
@@ -260,6 +272,7 @@ REFUSED: list[tuple[dict[str, Any] | str, str]] = [
     ({**GPTQ, "bits": 3}, "bits: wanted 4 or 8, got 3"),
     ({**GPTQ, "group_size": 0}, "group_size"),
     ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format: wanted gptq or gptq_v2"),
+    ({**GPTQ, "is_marlin_format": True}, "is_marlin_format"),
     ({**GPTQ, "desc_act": "yes"}, "desc_act"),
     ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic"),
     ({**AWQ, "bits": 3}, "bits"),
@@ -340,7 +353,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], None], type[Exceptio
     ("fp8-large-blocks", change(f"{Q}weight_scale_inv", torch.Tensor.int), CheckpointError, "got I32 (1, 1)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.bfloat16), CheckpointError, "one too many"),
     ("fp8-large-blocks", change(f"{Q}weight", lambda one: one[:8]), CheckpointError, "does not fit parameter"),
-    ("fp8-fused", change(f"{FUSED}_scale_inv", lambda one: one[:, 1:]), CheckpointError, "(8, 4, 6), got F32 (8, 3, 6)"),
+    ("fp8-fused", change(f"{FUSED}_scale_inv", lambda one: one[:, 1:]), CheckpointError, "got F32 (8, 3, 6)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.flatten), CheckpointError, "wanted 2 or 3 dims"),
     ("mxfp4", drop(f"{FUSED}_scales"), MissingWeightError, "no scale beside"),
     ("mxfp4", change(f"{FUSED}_blocks", lambda one: one[..., :8]), CheckpointError, "wanted U8 (8, 192, 2, 16)"),
