@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.model.build import load_model, read_json
+from penstock.engine.model.build import load_model
 from penstock.engine.model.selection import linear_weights
+from penstock.engine.model.weights import read_json
 from penstock.engine.pack_journal import Finished, Job, Workplace, check_space
 from penstock.engine.pack_plan import SHARD_NBYTES, PlannedShard, PlannedTensor, plan_pack
 from penstock.engine.pack_writer import PieceReader, ShardWriter, StoredPart

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from penstock.engine.model.build import load_config, open_weights
+from penstock.engine.model.build import load_config
 from penstock.engine.model.reference import load_reference
 from penstock.engine.model.tokenizer import load_tokenizer
+from penstock.engine.model.weights import open_weights
 from penstock.errors import CheckpointError, ConfigError, PromptFileError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry

@@ -6,7 +6,7 @@ Shapes: a batch of B matrices [R, C]. Codes, scales and zero points have a leadi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,16 @@ class Matrix:
             zero_pack=form.per_word,
         )
 
+    def item(self, number: int) -> Matrix:
+        """Return one matrix of the batch; its tensors have no leading dim."""
+        return replace(
+            self,
+            codes=self.codes[number],
+            scale=self.scale[number],
+            zero=None if self.zero is None else self.zero[number],
+            index=None if self.index is None else self.index[number],
+        )
+
 
 def decode(form: Form, codes: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor | None, *, out: Tensor) -> None:
     """Decode a batch of matrices into `out` [B, R, C] of any float dtype and any strides.
@@ -75,25 +85,12 @@ def decode(form: Form, codes: Tensor, scale: Tensor, zero: Tensor | None, index:
         return
     work = decode_reference if out.is_cuda else _decode_cpu
     for item in range(out.shape[0]):
-        work(form, _item(matrix, item), out[item])
+        work(form, matrix.item(item), out[item])
 
 
 def _grid(numbers: Tensor) -> Tensor:
     """Return [B, row blocks, groups]; one number for each row, or for the whole matrix, may come with fewer dims."""
     return numbers.reshape(numbers.shape[0], -1, numbers.shape[-1] if numbers.dim() > 2 else 1)
-
-
-def _item(matrix: Matrix, item: int) -> Matrix:
-    """Return one matrix of a batch; its tensors have no leading dim."""
-    return Matrix(
-        matrix.codes[item],
-        matrix.scale[item],
-        None if matrix.zero is None else matrix.zero[item],
-        None if matrix.index is None else matrix.index[item],
-        matrix.row_pack,
-        matrix.column_pack,
-        matrix.zero_pack,
-    )
 
 
 def decode_reference(form: Form, matrix: Matrix, out: Tensor) -> None:
@@ -121,7 +118,7 @@ def _numbers(form: Form, codes: Tensor) -> Tensor:
     """Return what codes stand for, in float32."""
     if form.number == "int":
         return codes.float()
-    table: Tensor = torch.from_numpy(_table(form.number, signed=False)).to(codes.device)
+    table: Tensor = torch.from_numpy(_table(form.number)).to(codes.device)
     return table[codes.long()]
 
 
@@ -191,55 +188,43 @@ def _runs(columns: int, size: int) -> Iterator[tuple[slice, slice, int]]:
 
 def _numbers_cpu(form: Form, matrix: Matrix, some: slice) -> Tensor:
     """Return what the codes of some rows stand for, in float32 [rows, C or a few more]."""
-    rows = some.stop - some.start
-    signed = matrix.codes.dtype == torch.int8
     if form.packing == "awq":
         words = matrix.codes[some.start // 8 : -(-some.stop // 8)].clone(memory_format=torch.contiguous_format)
         codes = torch.empty(words.shape[0], 8, words.shape[1], dtype=torch.uint8)
         for place, shift in enumerate(AWQ_SHIFTS):
             byte = words.view(torch.uint8)[:, shift // 8 :: 4]
             codes[:, place] = byte >> 4 if shift % 8 else byte & 15
-        return codes.flatten(0, 1)[:rows].float()
-    part = matrix.codes[some]
+        return codes.flatten(0, 1)[: some.stop - some.start].float()
+    stored = matrix.codes[some]
     if form.packing == "words":
-        part = part.clone(memory_format=torch.contiguous_format)
-    stored = part.view(torch.uint8).numpy()
+        stored = stored.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if form.bits == 8 and form.number == "int":
-        return torch.from_numpy(stored).view(matrix.codes.dtype if signed else torch.uint8).float()
-    if form.bits == 8:
-        stored = stored.view(np.uint16) if stored.shape[1] % 2 == 0 else stored
-        table = (
-            _pair_table(form.number, signed=signed) if stored.dtype == np.uint16 else _table(form.number, signed=signed)
-        )
-    else:
-        table = _nibble_table(form.number)
-    return torch.from_numpy(np.take(table, stored, mode="clip").view(np.float32))
+        return stored.float()
+    if form.bits == 4:
+        return _looked_up(_pair_table(form.number, bits=4), stored.numpy())
+    if stored.shape[1] % 2:
+        return _looked_up(_table(form.number), stored.numpy())
+    return _looked_up(_pair_table(form.number, bits=8), stored.numpy().view(np.uint16))
 
 
-@lru_cache(maxsize=8)
-def _table(number: Number, *, signed: bool) -> NDArray[np.float32]:
-    """Return what each byte, or for 4-bit floats each of 16 codes, stands for."""
+def _looked_up(table: NDArray[Any], codes: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.take(table, codes, mode="clip").view(np.float32))
+
+
+@lru_cache(maxsize=3)
+def _table(number: Number) -> NDArray[np.float32]:
+    """Return what each code stands for."""
     if number == "e2m1":
         magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
         return np.array(magnitudes + [-one for one in magnitudes], np.float32)
     codes = np.arange(256, dtype=np.uint8)
     if number == "e4m3":
         return torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
-    return codes.view(np.int8 if signed else np.uint8).astype(np.float32)
+    return codes.astype(np.float32)
 
 
-@lru_cache(maxsize=4)
-def _nibble_table(number: Number) -> NDArray[Any]:
-    """Return the two numbers in each byte, the low half first, as one integer."""
-    codes = np.arange(256)
-    return np.stack([_table(number, signed=False)[codes & 15], _table(number, signed=False)[codes >> 4]], 1).view(
-        np.uint64
-    )[:, 0]
-
-
-@lru_cache(maxsize=4)
-def _pair_table(number: Number, *, signed: bool) -> NDArray[Any]:
-    """Return the two numbers in each pair of bytes as one integer."""
-    codes = np.arange(65536)
-    table = _table(number, signed=signed)
-    return np.stack([table[codes & 255], table[codes >> 8]], 1).view(np.uint64)[:, 0]
+@lru_cache(maxsize=3)
+def _pair_table(number: Number, *, bits: int) -> NDArray[Any]:
+    """Return what each two codes that follow each other, the first in the low bits, stand for, as one integer."""
+    codes, table = np.arange(1 << 2 * bits), _table(number)
+    return np.stack([table[codes & (1 << bits) - 1], table[codes >> bits]], 1).view(np.uint64)[:, 0]

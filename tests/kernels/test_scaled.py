@@ -69,17 +69,7 @@ def cases() -> Iterator[tuple[Form, Parts, tuple[int, int]]]:
 def referred(form: Form, parts: Parts, out: Tensor) -> Tensor:
     for item in range(2):
         one = [None if part is None else part[item : item + 1] for part in parts]
-        matrix = Matrix.of(form, *one)  # type: ignore[arg-type]
-        alone = Matrix(
-            matrix.codes[0],
-            matrix.scale[0],
-            None if matrix.zero is None else matrix.zero[0],
-            None if matrix.index is None else matrix.index[0],
-            matrix.row_pack,
-            matrix.column_pack,
-            matrix.zero_pack,
-        )
-        decode_reference(form, alone, out[item])
+        decode_reference(form, Matrix.of(form, *one).item(0), out[item])  # type: ignore[arg-type]
     return out
 
 

@@ -7,9 +7,7 @@ buffer makes them views of it. Everything else of the module, its forward and it
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,29 +25,24 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.pytorch_utils import Conv1D
 
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
 from penstock.engine.model.mapping import WeightMap, map_weights
 from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
-from penstock.engine.quantised.recognise import code_tensors, read_scheme
+from penstock.engine.model.weights import check_orientation, open_weights, read_json, resolve_dtype
+from penstock.engine.quantised.recognise import read_scheme
 from penstock.errors import (
-    ConfigError,
-    MissingFileError,
     ModelError,
     RemoteCodeError,
     UnknownArchitectureError,
-    UnsupportedFormatError,
     UnsupportedModelError,
 )
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.files import TensorEntry
-from penstock.offload.buffers import DTYPES, dtype_name, view_of
+from penstock.offload.buffers import view_of
 from penstock.offload.layout import Layout
-from penstock.offload.manifest import Check, CodedTensor, Stored, open_stored
-from penstock.offload.scaled import ScaledCoding
+from penstock.offload.manifest import Check
 
 __all__ = [
     "Outline",
@@ -57,13 +50,10 @@ __all__ = [
     "factory_for",
     "load_config",
     "load_model",
-    "open_weights",
     "outline",
-    "read_json",
 ]
 
 _LARGE_ELEMENTS = 1 << 20
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger("penstock.engine")
 
@@ -180,7 +170,7 @@ def outline(config: Any, directory: Path, *, dtype: str | torch.dtype) -> Outlin
 
     Raises ModelError where transformers cannot build it, or it has no layers.
     """
-    compute_dtype = _resolve_dtype(dtype, config, {})
+    compute_dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, config, {})
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
@@ -205,7 +195,7 @@ def load_model(
     stored, compute_dtype = open_weights(checkpoint or Checkpoint.open(directory), config, directory, dtype=dtype)
     made = outline(config, directory, dtype=compute_dtype)
     module, layers = made.module, made.layers
-    _check_orientation(module, stored, directory)
+    check_orientation(module, stored, directory)
     adaptation = adapt(module, layers)
     gate_bodies(module, made.layers_name)
     _place_buffers(module, device)
@@ -274,72 +264,6 @@ def _unquantised(config: Any) -> Any:
             if hasattr(one, name):
                 delattr(one, name)
     return config
-
-
-def open_weights(
-    checkpoint: Checkpoint, config: Any, directory: Path, *, dtype: str | torch.dtype
-) -> tuple[Stored, torch.dtype]:
-    """Open a checkpoint, with coded tensors for weights that are packed or quantised; also resolve the dtype.
-
-    Raises CheckpointError where the tensors are not what the config in `directory` or the manifest says.
-    """
-    stored = open_stored(checkpoint)
-    compute_dtype = _resolve_dtype(dtype, config, stored.tensors)
-    file = directory / "config.json"
-    scheme = read_scheme(read_json(file), file)
-    if scheme is not None:
-        if compute_dtype not in _DTYPES.values():
-            raise ConfigError("not a dtype to decode to", wanted=", ".join(_DTYPES), got=compute_dtype, fix="Name one.")
-        stored = code_tensors(stored, scheme, dtype_name(compute_dtype), directory=directory)
-    return stored, compute_dtype
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises MissingFileError and ModelError."""
-    try:
-        raw = json.loads(file.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise MissingFileError(
-            f"cannot be read: {error.strerror}", file=file, fix="Name the directory that holds config.json."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {error}", file=file, fix="Download the file again.") from error
-    if not isinstance(raw, dict):
-        raise ModelError("not a model's config", file=file, wanted="an object", got=type(raw).__name__)
-    return raw
-
-
-def _check_orientation(module: Any, stored: Stored, directory: Path) -> None:
-    """Refuse quantised weights of GPT-2's transposed layers: formats differ in which way round they store them."""
-    turned = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Conv1D)}
-    for name, one in stored.tensors.items():
-        scaled = isinstance(one, CodedTensor) and isinstance(one.coding, ScaledCoding)
-        if scaled and any(target == name or target.endswith(f".{name}") for target in turned):
-            raise UnsupportedFormatError(
-                f"{name!r} is quantised, and a transposed layer (Conv1D)",
-                file=directory,
-                fix="Use the model's unquantised checkpoint.",
-            )
-
-
-def _resolve_dtype(
-    dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry | CodedTensor]
-) -> torch.dtype:
-    """Resolve "auto" as transformers does: the config's dtype, or else that of most of the checkpoint's bytes."""
-    if dtype != "auto":
-        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
-        if chosen is None:
-            raise ConfigError("not a dtype to compute in", wanted=", ".join(("auto", *_DTYPES)), got=dtype)
-        return chosen
-    named = config.dtype or config.get_text_config().dtype
-    if named is not None:
-        found: torch.dtype = getattr(torch, named) if isinstance(named, str) else named
-        return found
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in tensors.values():
-        if DTYPES.get(entry.dtype) in _DTYPES.values():
-            sizes[DTYPES[entry.dtype]] += math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def _build(config: Any, dtype: torch.dtype, directory: Path) -> Any:

@@ -19,9 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
-from penstock.engine.model.build import load_config, outline, read_json
+from penstock.engine.model.build import load_config, outline
 from penstock.engine.model.conversion import parameter_dtypes, stored_tensors
 from penstock.engine.model.selection import ROUTERS
+from penstock.engine.model.weights import read_json
 from penstock.engine.quantised.recognise import read_scheme
 from penstock.engine.quantised.scheme import Scheme
 from penstock.errors import ConfigError, ModelError
@@ -116,14 +117,15 @@ def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
 def _unit(module: Any, parameters: dict[str, Tensor], scheme: Scheme | None) -> _Unit:
     tensors: list[DummyTensor] = []
     for name, tensor in stored_tensors(module, parameters).items():
-        coded = scheme.make_up(name, tuple(tensor.shape)) if scheme and scheme.make_up and _is_coarse(name) else ()
-        tensors.extend(coded or (DummyTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape)),))
+        shape = tuple(tensor.shape)
+        coded = scheme.make_up(name, shape) if scheme and scheme.make_up and _is_coarse(name, scheme) else ()
+        tensors.extend(coded or (DummyTensor(name, dtype_name(tensor.dtype), shape),))
     return tuple(tensors)
 
 
-def _is_coarse(name: str) -> bool:
-    """Tell whether a matrix of a layer is of those that are published quantised: all but the routers'."""
-    return not ROUTERS & set(name.split("."))
+def _is_coarse(name: str, scheme: Scheme) -> bool:
+    """Tell whether a matrix of a layer is of those that are published quantised: all but routers and what is listed."""
+    return not ROUTERS & set(name.split(".")) and not scheme.ignored(name.removesuffix(".weight"))
 
 
 def _donors(layers: list[_Unit], distinct: int) -> list[int]:

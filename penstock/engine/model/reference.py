@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from penstock.engine.model.build import factory_for, load_config, open_weights
+from penstock.engine.model.build import factory_for, load_config
+from penstock.engine.model.weights import open_weights
 from penstock.errors import BudgetError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory

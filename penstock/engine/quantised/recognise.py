@@ -73,7 +73,10 @@ def code_tensors(stored: Stored, scheme: Scheme, dtype: str, *, directory: Path)
         assert isinstance(entry, TensorEntry), "packed and quantised"
         place = _place(scheme.roles, entry, stored.tensors)
         if place is not None:
-            parts[place[0]][place[1]] = entry
+            weight, role = place
+            if role in parts[weight]:
+                _refuse_both(parts[weight][role], {role: entry})
+            parts[weight][role] = entry
         elif _OF_ACTIVATIONS.search(name):
             dropped += 1
         else:
@@ -116,10 +119,11 @@ def _belongs(roles: Roles, weight: str, tensors: Mapping[str, Any]) -> bool:
     return weight.endswith(".weight") or (weight in tensors and tensors[weight].dtype in roles.dtypes)
 
 
-def _refuse_both(plain: TensorEntry | CodedTensor, found: Mapping[str, TensorEntry]) -> None:
+def _refuse_both(other: TensorEntry | CodedTensor, found: Mapping[str, TensorEntry]) -> None:
     part = next(iter(found.values()))
     raise CheckpointError(
-        f"tensor {part.name!r} is one too many: {plain.name!r} is stored as it is, in {plain.dtype}",
+        f"tensor {part.name!r} is one too many beside {other.name!r}",
+        got=f"{other.dtype} {other.shape}",
         file=part.file.path,
         fix="Download the checkpoint again, or use the model's unquantised one.",
     )

@@ -20,16 +20,17 @@ _AGAIN = "Download the checkpoint again, or use the model's unquantised one."
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The `quantization_config` of a config file, or a group of it; `method` is how errors name it."""
+    """The `quantization_config` of a config file, or an object in it, whose name `place` begins those of its keys."""
 
     method: str
     raw: Mapping[str, Any]
     file: Path
+    place: str = ""
 
     def refuse(self, what: str, wanted: object, got: object) -> NoReturn:
         """Raise UnsupportedFormatError."""
         raise UnsupportedFormatError(
-            f"the weights are quantised with {self.method} in a way that is not supported: {what}",
+            f"the weights are quantised with {self.method} in a way that is not supported: {self.place}{what}",
             file=self.file,
             wanted=wanted,
             got=got,
@@ -58,6 +59,13 @@ class Settings:
         if not all(type(one) is int and one > 0 for one in pair):
             self.refuse(key, "two positive numbers", repr(value))
         return pair[0], pair[1]
+
+    def inner(self, key: str) -> Settings:
+        """Return an object inside; missing or null is an empty one."""
+        value = self.raw.get(key) or {}
+        if not isinstance(value, dict):
+            self.refuse(key, "an object", repr(value)[:80])
+        return Settings(self.method, value, self.file, f"{self.place}{key}.")
 
     def names(self, key: str) -> tuple[str, ...]:
         """Return a list of strings; missing or null is none."""

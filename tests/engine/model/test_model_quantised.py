@@ -286,6 +286,8 @@ REFUSED: list[tuple[dict[str, Any] | str, str]] = [
     (group(actorder="other"), "actorder"),
     ({**group(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
     ({**group(), "transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+    ({**group(), "ignore": ["re:("]}, "ignore: "),
+    ({**group(), "transform_config": "spin"}, "transform_config: wanted an object"),
     ({**group(), "config_groups": {}}, "config_groups"),
     ({**group(), "config_groups": {"group_0": {"targets": ["Linear"], "weights": None}}}, "group_0 without weights"),
 ]
@@ -353,13 +355,14 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], None], type[Exceptio
     ("fp8-large-blocks", change(f"{Q}weight_scale_inv", torch.Tensor.int), CheckpointError, "got I32 (1, 1)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.bfloat16), CheckpointError, "one too many"),
     ("fp8-large-blocks", change(f"{Q}weight", lambda one: one[:8]), CheckpointError, "does not fit parameter"),
+    ("fp8-large-blocks", add(f"{Q}weight_scale", (1, 1), torch.float32), CheckpointError, "one too many beside"),
     ("fp8-fused", change(f"{FUSED}_scale_inv", lambda one: one[:, 1:]), CheckpointError, "got F32 (8, 3, 6)"),
     ("fp8-large-blocks", change(f"{Q}weight", torch.Tensor.flatten), CheckpointError, "wanted 2 or 3 dims"),
     ("mxfp4", drop(f"{FUSED}_scales"), MissingWeightError, "no scale beside"),
     ("mxfp4", change(f"{FUSED}_blocks", lambda one: one[..., :8]), CheckpointError, "wanted U8 (8, 192, 2, 16)"),
     ("mxfp4", change(f"{FUSED}_scales", lambda one: one[:, 1:]), CheckpointError, "(8, 192, 2), got U8 (8, 191, 2)"),
     ("mxfp4", change(f"{FUSED}_scales", torch.Tensor.float), CheckpointError, "got F32"),
-    ("mxfp4", add(FUSED, (8, 64, 192), torch.bfloat16), CheckpointError, "is stored as it is"),
+    ("mxfp4", add(FUSED, (8, 64, 192), torch.bfloat16), CheckpointError, "one too many beside"),
     ("gptq", drop(f"{Q}qzeros"), MissingWeightError, "no zero beside"),
     ("gptq", drop(f"{Q}scales"), MissingWeightError, "no scale beside"),
     ("gptq", drop(f"{Q}qweight"), MissingWeightError, "no codes beside"),
@@ -381,7 +384,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, torch.Tensor]], None], type[Exceptio
     ("int8", drop(f"{Q}weight_scale"), MissingWeightError, "no scale beside"),
     ("int8", change(f"{Q}weight_scale", lambda one: one.T), CheckpointError, "(64, 1), got BF16 (1, 64)"),
     ("int8-tensors", change(f"{Q}weight_zero_point", torch.Tensor.int), CheckpointError, "wanted I8"),
-    ("int8", add("lm_head.weight_scale", (257, 1), torch.bfloat16), CheckpointError, "is stored as it is"),
+    ("int8", add("lm_head.weight_scale", (257, 1), torch.bfloat16), CheckpointError, "one too many beside"),
     ("float8", change(f"{Q}weight", lambda one: one.view(torch.int8)), CheckpointError, "wanted F8_E4M3, got I8"),
 ]  # fmt: skip
 
