@@ -20,9 +20,11 @@ from torch import Tensor
 
 from penstock.engine.model.build import load_model
 from penstock.engine.model.selection import linear_weights
+from penstock.engine.model.weights import read_json
 from penstock.engine.pack_journal import Finished, Job, Workplace, check_space
 from penstock.engine.pack_plan import SHARD_NBYTES, PlannedShard, PlannedTensor, plan_pack
 from penstock.engine.pack_writer import PieceReader, ShardWriter, StoredPart
+from penstock.engine.quantised.recognise import read_scheme
 from penstock.errors import ConfigError, OutputError, ReadError
 from penstock.io.atomic import naming, sync_directory
 from penstock.io.checkpoint import INDEX_FILE, Checkpoint
@@ -89,6 +91,7 @@ def pack(
     source, out, options = Path(model), Path(os.path.abspath(out)), options.resolved()
     if (source / MANIFEST).exists():
         raise ConfigError("it is packed already", got=str(source), fix="Pack the model that it was made from.")
+    _refuse_quantised(source / "config.json")
     checkpoint = Checkpoint.open(source)
     if not checkpoint.tensors:
         raise ConfigError("a checkpoint without tensors", got=str(source))
@@ -118,6 +121,17 @@ def pack(
         num_plain=len(manifest.tensors) - coded,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_quantised(file: Path) -> None:
+    """Refuse a checkpoint that comes quantised: what is left of its weights bears no second loss."""
+    scheme = read_scheme(read_json(file), file) if file.exists() else None
+    if scheme is not None:
+        raise ConfigError(
+            f"it is quantised already, with {scheme.method}",
+            got=str(file.parent),
+            fix="Run it as it is, or pack the model that it was made from.",
+        )
 
 
 class _Packer:

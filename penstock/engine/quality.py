@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from penstock.engine.model.build import load_config
 from penstock.engine.model.reference import load_reference
 from penstock.engine.model.tokenizer import load_tokenizer
+from penstock.engine.model.weights import open_weights
 from penstock.errors import CheckpointError, ConfigError, PromptFileError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry
 from penstock.offload.decode import read_tensor
-from penstock.offload.manifest import MANIFEST, open_stored
+from penstock.offload.manifest import CodedTensor, Stored
 
 __all__ = ["WINDOW", "LayerError", "Perplexity", "layer_errors", "perplexity", "tokens_of"]
 
@@ -63,13 +65,13 @@ class Perplexity:
 
 
 def layer_errors(model: str | PathLike[str], packed: str | PathLike[str]) -> list[LayerError]:
-    """Compare every coded tensor of a packed checkpoint with the one it was made from; one tensor at a time in memory.
+    """Compare every coded tensor of a packed or quantised checkpoint with the one it was made from, one at a time.
 
-    Raises ConfigError when `packed` is not packed, CheckpointError when it was made from another model.
+    Raises ConfigError when `packed` is neither, CheckpointError when it was made from another model.
     """
-    source, made = open_stored(Checkpoint.open(model)), open_stored(Checkpoint.open(packed))
-    if not made.checks:
-        raise ConfigError("not a packed checkpoint", wanted=f"a directory with {MANIFEST}", got=str(packed))
+    source, made = _open(Path(model)), _open(Path(packed))
+    if not any(isinstance(entry, CodedTensor) for entry in made.tensors.values()):
+        raise ConfigError("not a packed checkpoint", wanted="a packed or quantised one", got=str(packed))
     sums: dict[int | None, list[tuple[float, float, str]]] = defaultdict(list)
     for name, entry in made.tensors.items():
         if isinstance(entry, TensorEntry):
@@ -82,6 +84,10 @@ def layer_errors(model: str | PathLike[str], packed: str | PathLike[str]) -> lis
         sums[_layer(name)].append((_squares(wanted, found), _squares(wanted), name))
     order = sorted(sums, key=lambda layer: -1 if layer is None else layer)
     return [_layer_error(layer, sums[layer]) for layer in order]
+
+
+def _open(path: Path) -> Stored:
+    return open_weights(Checkpoint.open(path), load_config(path), path, dtype="auto")[0]
 
 
 def _squares(one: Tensor, other: Tensor | None = None) -> float:

@@ -8,8 +8,9 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,16 @@ _PIECE = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class DummyTensor:
-    """A tensor to make up; `dtype` is a safetensors dtype name such as "BF16"."""
+    """A tensor to make up; `dtype` is a safetensors dtype name such as "BF16".
+
+    `fill` is a number that all values are, or "bits" for random ones, of which none makes an 8-bit float of 2 or more,
+    or no number.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    fill: float | Literal["bits"] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +94,11 @@ class _Numbers:
         self._block = self._random.standard_normal(_BLOCK, dtype=np.float32)
         self._scaled: dict[tuple[str, float], memoryview] = {}
 
+    @cached_property
+    def _bits(self) -> NDArray[np.uint8]:
+        """Random bytes without the highest bit of an E4M3 float's exponent."""
+        return np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8) & np.uint8(0xBF)
+
     def bytes_of(self, tensor: DummyTensor) -> Iterator[memoryview]:
         """Yield a tensor's bytes, piece by piece."""
         size = DTYPE_BITS[tensor.dtype] // 8
@@ -100,7 +111,11 @@ class _Numbers:
             left -= len(part)
 
     def _block_for(self, tensor: DummyTensor) -> memoryview:
-        if tensor.dtype not in ("BF16", "F16", "F32") or tensor.name.endswith("bias"):
+        if tensor.fill == "bits":
+            return self._bits.data
+        if tensor.fill is not None:
+            key, scale = (f"{tensor.fill} of {tensor.dtype}", tensor.fill)
+        elif tensor.dtype not in ("BF16", "F16", "F32") or tensor.name.endswith("bias"):
             key, scale = (f"zeros of {tensor.dtype}", 0.0)
         elif len(tensor.shape) < 2:
             key, scale = (f"ones of {tensor.dtype}", 1.0)
@@ -119,6 +134,8 @@ def _encoded(values: NDArray[np.float32], dtype: str) -> memoryview:
         coded = ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
     elif dtype in ("F16", "F32"):
         coded = values.astype(np.float16 if dtype == "F16" else np.float32)
+    elif dtype == "U8":
+        coded = values.astype(np.uint8)
     else:
         coded = np.zeros(len(values) * DTYPE_BITS[dtype] // 8, np.uint8)
     return coded.view(np.uint8).data

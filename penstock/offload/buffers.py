@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from penstock.kernels import exact, groupwise
+from penstock.kernels import exact, groupwise, scaled
 from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout, View
+from penstock.offload.scaled import ScaledCoding
 
 __all__ = ["DTYPES", "convert", "dtype_name", "expand", "view_of"]
 
@@ -63,8 +64,11 @@ def convert(layout: Layout, buffer: Tensor) -> None:
             view_of(buffer, targets[name]).copy_(result)
 
 
-def expand(coding: Coding, parts: Sequence[Tensor], out: Tensor) -> None:
+def expand(coding: Coding | ScaledCoding, parts: Sequence[Tensor], out: Tensor) -> None:
     """Decode a batch of tensors: the parts of `coding` and `out` with a leading dim [B, ...] of any stride."""
+    if isinstance(coding, ScaledCoding):
+        _expand_scaled(coding, parts, out)
+        return
     if coding.codec == "exact":
         low, code, table, start, extra = parts
         exact.decode(low, code, table, start, extra, out=out.view(out.shape[0], coding.size))
@@ -79,6 +83,20 @@ def expand(coding: Coding, parts: Sequence[Tensor], out: Tensor) -> None:
         bits=8 if coding.codec == "int8" else 4,
         group_size=coding.group_size,
     )
+
+
+def _expand_scaled(coding: ScaledCoding, parts: Sequence[Tensor], out: Tensor) -> None:
+    """Matrices are a batch already; those of fused experts are one for each tensor."""
+    codes, scale, *rest = parts
+    zero = rest.pop(0) if coding.has_zero else None
+    index = rest.pop(0) if coding.has_index else None
+    made = out.transpose(-1, -2) if coding.transposed else out
+    if len(coding.shape) == 2:
+        scaled.decode(coding.form, codes, scale, zero, index, out=made)
+        return
+    assert zero is None, "fused experts have no zero points"
+    for item in range(out.shape[0]):
+        scaled.decode(coding.form, codes[item], scale[item], None, None, out=made[item])
 
 
 def _batch(buffer: Tensor, first: View, count: int, step: int) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 from penstock.io.files import SourceFile
 from penstock.offload.codec import Coding
+from penstock.offload.scaled import ScaledCoding
 
 __all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Expansion", "Extent", "Layout", "View"]
 
@@ -71,7 +72,7 @@ class Expansion:
     to `target`, the next's `target_step` bytes further on. A part of any length has room for the longest.
     """
 
-    coding: Coding
+    coding: Coding | ScaledCoding
     parts: tuple[View, ...]
     target: View
     count: int = 1

@@ -19,6 +19,7 @@ from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import SourceFile, TensorEntry
 from penstock.offload.codec import ANY_LENGTH, Coding, PackOptions
 from penstock.offload.records import RecordError, from_plain, to_plain
+from penstock.offload.scaled import ScaledCoding
 
 __all__ = [
     "MANIFEST",
@@ -84,7 +85,7 @@ class CodedTensor:
     """A tensor of which only coded `parts` are stored; otherwise like a TensorEntry."""
 
     name: str
-    coding: Coding
+    coding: Coding | ScaledCoding
     parts: tuple[TensorEntry, ...]
 
     @property

@@ -7,9 +7,7 @@ buffer makes them views of it. Everything else of the module, its forward and it
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,25 +31,29 @@ from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
 from penstock.engine.model.mapping import WeightMap, map_weights
 from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
+from penstock.engine.model.weights import check_orientation, open_weights, read_json, resolve_dtype
+from penstock.engine.quantised.recognise import read_scheme
 from penstock.errors import (
-    ConfigError,
-    MissingFileError,
     ModelError,
     RemoteCodeError,
     UnknownArchitectureError,
-    UnsupportedFormatError,
     UnsupportedModelError,
 )
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.files import TensorEntry
-from penstock.offload.buffers import DTYPES, view_of
+from penstock.offload.buffers import view_of
 from penstock.offload.layout import Layout
-from penstock.offload.manifest import Check, CodedTensor, open_stored
+from penstock.offload.manifest import Check
 
-__all__ = ["Outline", "StreamedModel", "factory_for", "load_config", "load_model", "outline", "read_json"]
+__all__ = [
+    "Outline",
+    "StreamedModel",
+    "factory_for",
+    "load_config",
+    "load_model",
+    "outline",
+]
 
 _LARGE_ELEMENTS = 1 << 20
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger("penstock.engine")
 
@@ -163,14 +165,12 @@ class Outline:
     needed: Callable[[str], bool]
 
 
-def outline(
-    config: Any, directory: Path, *, dtype: str | torch.dtype, tensors: Mapping[str, TensorEntry | CodedTensor]
-) -> Outline:
-    """Build the module that a config describes, in `dtype`, or with "auto" in the config's or that of `tensors`.
+def outline(config: Any, directory: Path, *, dtype: str | torch.dtype) -> Outline:
+    """Build the module that a config describes, in `dtype`, or with "auto" in the config's.
 
     Raises ModelError where transformers cannot build it, or it has no layers.
     """
-    compute_dtype = _resolve_dtype(dtype, config, tensors)
+    compute_dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, config, {})
     module = _build(config, compute_dtype, directory)
     decoder = _decoder_name(module)
     name, layers = _find_layers(module, decoder)
@@ -192,9 +192,10 @@ def load_model(
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
-    stored = open_stored(checkpoint or Checkpoint.open(directory))
-    made = outline(config, directory, dtype=dtype, tensors=stored.tensors)
+    stored, compute_dtype = open_weights(checkpoint or Checkpoint.open(directory), config, directory, dtype=dtype)
+    made = outline(config, directory, dtype=compute_dtype)
     module, layers = made.module, made.layers
+    check_orientation(module, stored, directory)
     adaptation = adapt(module, layers)
     gate_bodies(module, made.layers_name)
     _place_buffers(module, device)
@@ -245,14 +246,7 @@ def load_config(directory: Path) -> Any:
         raise UnknownArchitectureError(
             f"the installed transformers does not know the model type {kind!r}", file=file, fix="Upgrade transformers."
         )
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedFormatError(
-            f"the weights are quantised with {method or 'an unnamed method'}, which is not supported",
-            file=file,
-            fix="Use the model's unquantised checkpoint.",
-        )
+    read_scheme(raw, file)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -260,42 +254,16 @@ def load_config(directory: Path) -> Any:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UnknownArchitectureError(f"{kind!r} is not a causal language model in transformers", file=file)
     refuse(config)
+    return _unquantised(config)
+
+
+def _unquantised(config: Any) -> Any:
+    """Take out what would make transformers build quantised modules: the model is the one that was quantised."""
+    for one in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(one, name):
+                delattr(one, name)
     return config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises MissingFileError and ModelError."""
-    try:
-        raw = json.loads(file.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise MissingFileError(
-            f"cannot be read: {error.strerror}", file=file, fix="Name the directory that holds config.json."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {error}", file=file, fix="Download the file again.") from error
-    if not isinstance(raw, dict):
-        raise ModelError("not a model's config", file=file, wanted="an object", got=type(raw).__name__)
-    return raw
-
-
-def _resolve_dtype(
-    dtype: str | torch.dtype, config: Any, tensors: Mapping[str, TensorEntry | CodedTensor]
-) -> torch.dtype:
-    """Resolve "auto" as transformers does: the config's dtype, or else that of most of the checkpoint's bytes."""
-    if dtype != "auto":
-        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
-        if chosen is None:
-            raise ConfigError("not a dtype to compute in", wanted=", ".join(("auto", *_DTYPES)), got=dtype)
-        return chosen
-    named = config.dtype or config.get_text_config().dtype
-    if named is not None:
-        found: torch.dtype = getattr(torch, named) if isinstance(named, str) else named
-        return found
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in tensors.values():
-        if DTYPES.get(entry.dtype) in _DTYPES.values():
-            sizes[DTYPES[entry.dtype]] += math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def _build(config: Any, dtype: torch.dtype, directory: Path) -> Any:

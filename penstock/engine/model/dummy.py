@@ -19,8 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from penstock.engine.model.build import load_config, outline, read_json
+from penstock.engine.model.build import load_config, outline
 from penstock.engine.model.conversion import parameter_dtypes, stored_tensors
+from penstock.engine.model.selection import ROUTERS
+from penstock.engine.model.weights import read_json
+from penstock.engine.quantised.recognise import read_scheme
+from penstock.engine.quantised.scheme import Scheme
 from penstock.errors import ConfigError, ModelError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.dummy import DummyTensor, dummy_file
@@ -91,7 +95,14 @@ def _change_depth(model: Path, folder: Path, num_layers: int) -> None:
 
 def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
     """Return the tensors of the resident unit and of each layer, as the family's checkpoints store them."""
-    made = outline(load_config(model), model, dtype=dtype, tensors={})
+    made = outline(load_config(model), model, dtype=dtype)
+    scheme = read_scheme(read_json(model / "config.json"), model / "config.json")
+    if scheme is not None and scheme.make_up is None:
+        raise ConfigError(
+            f"weights in the format {scheme.method} cannot be made up",
+            got=str(model),
+            fix="Measure with the real checkpoint, or take quantization_config out of a copy of its config.",
+        )
     dtypes = parameter_dtypes(made.module, made.dtype)
     units: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in made.module.state_dict().items():
@@ -99,15 +110,22 @@ def _units(model: Path, dtype: str) -> tuple[_Unit, list[_Unit]]:
             inner = name.removeprefix(f"{made.layers_name}.")
             index = int(inner.split(".")[0]) if inner != name else -1
             units[index][name] = tensor.to("meta", dtypes[name])
-    stored = {index: _unit(made.module, unit) for index, unit in units.items()}
+    stored = {index: _unit(made.module, unit, scheme if index >= 0 else None) for index, unit in units.items()}
     return stored.get(-1, ()), [stored[index] for index in range(len(made.layers))]
 
 
-def _unit(module: Any, parameters: dict[str, Tensor]) -> _Unit:
-    return tuple(
-        DummyTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in stored_tensors(module, parameters).items()
-    )
+def _unit(module: Any, parameters: dict[str, Tensor], scheme: Scheme | None) -> _Unit:
+    tensors: list[DummyTensor] = []
+    for name, tensor in stored_tensors(module, parameters).items():
+        shape = tuple(tensor.shape)
+        coded = scheme.make_up(name, shape) if scheme and scheme.make_up and _is_coarse(name, scheme) else ()
+        tensors.extend(coded or (DummyTensor(name, dtype_name(tensor.dtype), shape),))
+    return tuple(tensors)
+
+
+def _is_coarse(name: str, scheme: Scheme) -> bool:
+    """Tell whether a matrix of a layer is of those that are published quantised: all but routers and what is listed."""
+    return not ROUTERS & set(name.split(".")) and not scheme.ignored(name.removesuffix(".weight"))
 
 
 def _donors(layers: list[_Unit], distinct: int) -> list[int]:

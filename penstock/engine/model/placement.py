@@ -19,6 +19,7 @@ from penstock.offload.buffers import dtype_name
 from penstock.offload.codec import Coding
 from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Expansion, Extent, Layout, View
 from penstock.offload.manifest import CodedTensor
+from penstock.offload.scaled import ScaledCoding
 
 __all__ = ["Converted", "Expanded", "Piece", "Placed", "Sources", "Target", "lay_out", "runs_of"]
 
@@ -176,7 +177,7 @@ def _aligned(offset: int) -> int:
 
 def _expand(buffer: _Buffer, piece: Expanded, whole: View) -> None:
     """Expand a parameter's coded tensors, as many at once as share a coding and lie at equal steps."""
-    by_coding: dict[Coding, list[tuple[int, CodedTensor]]] = defaultdict(list)
+    by_coding: dict[Coding | ScaledCoding, list[tuple[int, CodedTensor]]] = defaultdict(list)
     for name, start in piece.runs:
         one = _coded(buffer.sources[name])
         by_coding[one.coding].append((start * piece.target.dtype.itemsize, one))

@@ -10,16 +10,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.utils import logging
 
-from penstock.engine.model.build import factory_for
+from penstock.engine.model.build import factory_for, load_config
+from penstock.engine.model.weights import open_weights
 from penstock.errors import BudgetError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.limits import available_memory
 from penstock.offload.buffers import DTYPES
 from penstock.offload.decode import read_all
-from penstock.offload.manifest import open_stored
+from penstock.offload.manifest import CodedTensor
 from penstock.offload.tiers import format_size
 
 __all__ = ["Reference", "load_reference"]
@@ -57,11 +57,11 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
     """Load a whole checkpoint. Raises BudgetError when memory cannot hold it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    packed = open_stored(Checkpoint.open(path))
-    stored = packed.tensors.values()
+    config = load_config(path)
+    stored, _ = open_weights(Checkpoint.open(path), config, path, dtype=dtype)
     size = None if dtype == "auto" else getattr(torch, dtype).itemsize
-    needed = sum(math.prod(entry.shape) * (size or DTYPES[entry.dtype].itemsize) for entry in stored)
+    sizes = (math.prod(entry.shape) * (size or DTYPES[entry.dtype].itemsize) for entry in stored.tensors.values())
+    needed = sum(sizes)
     free = {"host": available_memory()}  # transformers loads there first
     if device != "cpu":
         free["device"] = torch.cuda.mem_get_info(device)[0]
@@ -75,10 +75,10 @@ def load_reference(path: Path, *, dtype: str = "auto", device: str = "auto") -> 
                 fix="Verify a smaller model of the same family.",
             )
     logging.disable_progress_bar()
-    if packed.checks:  # transformers gets what the parts stand for
+    if any(isinstance(entry, CodedTensor) for entry in stored.tensors.values()):  # it gets what the parts stand for
         with torch.device("meta"):
             kind = type(factory_for(config).from_config(config, trust_remote_code=False))
-        module = kind.from_pretrained(None, config=config, state_dict=dict(read_all(packed)), dtype=dtype)
+        module = kind.from_pretrained(None, config=config, state_dict=dict(read_all(stored)), dtype=dtype)
     else:
         module = factory_for(config).from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
     return Reference(module.to(device).eval())

@@ -11,9 +11,9 @@ from penstock.engine.model.build import StreamedModel
 from penstock.engine.model.conversion import group_weights
 from penstock.engine.model.placement import Sources
 
-__all__ = ["linear_weights"]
+__all__ = ["ROUTERS", "linear_weights"]
 
-_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 """Names of modules that choose experts: small, and a wrong choice costs more than a coarse weight."""
 
 
@@ -33,7 +33,7 @@ def linear_weights(model: StreamedModel, tensors: Sources) -> frozenset[str]:
 def _is_linear(module: Any, target: str, inside: set[int]) -> bool:
     path, _, leaf = target.rpartition(".")
     owner = module.get_submodule(path)
-    if id(owner) not in inside or _ROUTERS & set(path.split(".")):
+    if id(owner) not in inside or ROUTERS & set(path.split(".")):
         return False
     if isinstance(owner, (nn.Linear, Conv1D)):
         return leaf == "weight"
