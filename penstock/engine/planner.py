@@ -6,8 +6,9 @@ sequences at work, and how many tokens go through a layer in one call and in one
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Forecast, Length, forecast
@@ -17,7 +18,9 @@ from penstock.offload.cost import Machine
 from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
 from penstock.offload.tiers import MemoryTiers
 
-__all__ = ["Choice", "choose_plan"]
+__all__ = ["Choice", "Objective", "choose_plan"]
+
+Objective = Literal["throughput", "latency"]
 
 MAX_REQUESTS = 1024
 MAX_PASSES = 256
@@ -30,10 +33,11 @@ _LEAST_GAIN = 1.005
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The plan that was chosen, what is expected of it, and how many were compared."""
+    """The plan that was chosen, what is expected of it, the limits that it was made within, and how many were compared."""
 
     plan: Plan
     forecast: Forecast
+    limits: PassLimits
     num_compared: int
 
 
@@ -47,56 +51,84 @@ def choose_plan(
     lengths: Sequence[Length],
     fixed: Collection[str] = (),
     splits_prompts: bool = True,
+    objective: Objective = "throughput",
 ) -> Choice:
     """Return the best plan that was found for requests of these lengths, starting from the usual one within `limits`.
 
-    Fields of `limits` that are named in `fixed` stay. Raises BudgetError when nothing fits, ProfileError when a
-    rate that it depends on is not known.
+    For "throughput" the whole run ends soonest, for "latency" a request does, on average. Fields of `limits` that are
+    named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. Raises
+    BudgetError when nothing fits, ProfileError when a rate that it depends on is not known.
     """
     cost = KVCost(shape.kv_token_nbytes, shape.kv_sequence_nbytes, BLOCK_TOKENS)
     sample = lengths[:: -(-len(lengths) // MAX_REQUESTS)]
     share = len(lengths) / len(sample)
-    known: dict[PassLimits, Choice | None] = {}
+    known: dict[PassLimits, Choice | BudgetError] = {}
 
-    def look(candidate: PassLimits) -> Choice | None:
+    def look(candidate: PassLimits) -> Choice | BudgetError:
         if candidate not in known:
-            known[candidate] = None
             try:
                 plan = make_plan(shape, tiers, candidate)
                 found = forecast(
                     plan, machine, model, sample, cost=cost, splits_prompts=splits_prompts, max_passes=MAX_PASSES
                 )
-            except BudgetError:
-                if candidate == limits:
-                    raise
-            else:
-                known[candidate] = Choice(plan, found, len(known))
+                known[candidate] = Choice(plan, found, candidate, len(known))
+            except BudgetError as error:
+                known[candidate] = error
         return known[candidate]
 
-    best, at = look(limits), limits
-    assert best is not None
+    num_layers = len(shape.layer_nbytes)
+    best = _first_that_fits(look, limits, num_layers, fixed)
+    free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
+    if not best.plan.num_slots:
+        free -= {"device_layers"}
     improved = True
     while improved:
         improved = False
-        for candidate in _neighbours(at, len(shape.layer_nbytes), fixed):
+        for candidate in _neighbours(best.limits, num_layers, free):
             other = look(candidate)
-            if other and best.forecast.seconds > _LEAST_GAIN * other.forecast.seconds:
-                best, at, improved = other, candidate, True
+            if isinstance(other, Choice) and _value(best, objective) > _LEAST_GAIN * _value(other, objective):
+                best, improved = other, True
     return replace(best, forecast=best.forecast.scaled(share), num_compared=len(known))
 
 
-def _neighbours(at: PassLimits, num_layers: int, fixed: Collection[str]) -> Iterator[PassLimits]:
-    """Yield limits that differ in one thing, in large steps and small ones."""
+def _first_that_fits(
+    look: Callable[[PassLimits], Choice | BudgetError], limits: PassLimits, num_layers: int, fixed: Collection[str]
+) -> Choice:
+    """Return the usual plan, or else one that leaves all room to keys and values. Raises what the usual one lacks."""
+    tried = [limits]
     if "device_layers" not in fixed:
+        tried.append(replace(limits, device_layers=0))
+        tried.append(replace(limits, device_layers=0, num_slots=1))
+    if not {"pass_tokens", "micro_batch_tokens"} & set(fixed):
+        tried += [replace(each, pass_tokens=256, micro_batch_tokens=256) for each in tried]
+    found = next((made for made in map(look, tried) if isinstance(made, Choice)), None)
+    if found is None:
+        refused = look(limits)
+        assert isinstance(refused, BudgetError)
+        raise refused
+    if "device_layers" not in fixed and found.plan.num_slots:
+        whole = look(replace(found.limits, device_layers=num_layers))
+        if isinstance(whole, Choice) and not whole.plan.num_slots:
+            return whole
+    return found
+
+
+def _value(choice: Choice, objective: Objective) -> float:
+    return choice.forecast.seconds if objective == "throughput" else choice.forecast.mean_seconds
+
+
+def _neighbours(at: PassLimits, num_layers: int, free: Collection[str]) -> Iterator[PassLimits]:
+    """Yield limits that differ in one thing, in large steps and small ones."""
+    if "device_layers" in free:
         step = max(num_layers // 2, 1)
         here = at.device_layers or 0
         while step:
             for count in {here - step, here, here + step} & set(range(num_layers + 1)):
                 yield replace(at, device_layers=count)
             step //= 2
-    if "pass_tokens" not in fixed:
+    if "pass_tokens" in free:
         for factor in (0.25, 0.5, 2, 4):
             yield replace(at, pass_tokens=max(int(at.pass_tokens * factor), at.micro_batch_tokens))
-    if "micro_batch_tokens" not in fixed:
+    if "micro_batch_tokens" in free:
         for factor in (2, 4):  # smaller ones are worse than arithmetic and bytes can tell
             yield replace(at, micro_batch_tokens=min(at.micro_batch_tokens * factor, at.pass_tokens))

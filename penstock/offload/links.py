@@ -87,8 +87,14 @@ def measure_links(
 def _device(*, cuda: bool) -> dict[str, Any]:
     if not cuda:
         return {"device": "cpu", "device_pcie": None, "device_numa_node": None}
-    pcie, node = _bus(torch.cuda.get_device_properties(0))
-    return {"device": torch.cuda.get_device_name(0), "device_pcie": pcie, "device_numa_node": node}
+    properties = torch.cuda.get_device_properties(0)
+    pcie, node = _bus(properties)
+    return {
+        "device": torch.cuda.get_device_name(0),
+        "device_pcie": pcie,
+        "device_numa_node": node,
+        "device_memory_nbytes": properties.total_memory,
+    }
 
 
 def _bus(properties: Any) -> tuple[PcieLink | None, int | None]:
