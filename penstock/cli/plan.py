@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import BudgetError, ConfigError
+from penstock.engine.blueprints import BLUEPRINTS
+from penstock.errors import BudgetError, ConfigError, UnknownArchitectureError
 
 if TYPE_CHECKING:
     from penstock.engine.anatomy import Anatomy
@@ -100,10 +102,12 @@ def _lengths(options: argparse.Namespace) -> list[Length]:
 
 
 def _anatomy(options: argparse.Namespace) -> Anatomy:
-    from penstock.engine.anatomy import anatomy_of, shape_directory  # noqa: PLC0415
+    from penstock.engine.anatomy import anatomy_of, shape_directory, with_stored  # noqa: PLC0415
 
     directory = Path(options.model) if options.shape is None else shape_directory(options.shape)
     made = anatomy_of(directory, dtype=options.dtype)
+    if made is not None:
+        made = with_stored(made, directory)
     if made is None:
         made = _built(directory, options.dtype)
     if options.codec:
@@ -115,7 +119,16 @@ def _anatomy(options: argparse.Namespace) -> Anatomy:
 
 
 def _built(directory: Path, dtype: str) -> Anatomy:
-    raise NotImplementedError
+    """Let transformers build a model that no blueprint describes, and run it once over zeros."""
+    if not any(directory.glob("*.safetensors*")):
+        raise UnknownArchitectureError(
+            "the costs of this family are not known from its config alone", file=directory / "config.json",
+            wanted=f"one of {', '.join(BLUEPRINTS)}", fix="Name a directory with weights, whose headers are read too.",
+        )  # fmt: skip
+    print("penstock: no blueprint of this family: importing torch to build it without weights", file=sys.stderr)
+    from penstock.engine.rehearsal import dissect  # noqa: PLC0415 - torch
+
+    return dissect(directory, dtype=dtype)
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

@@ -28,10 +28,10 @@ def _title(question: Question) -> str:
     units = (anatomy.resident, *anatomy.layers)
     number = parameters_in(units)
     stored = anatomy.resident.nbytes + sum(unit.wire_nbytes for unit in anatomy.layers)
-    expert = anatomy.flops()
-    active = "" if not expert.expert_nbytes else f", {expert.per_token / 2e9:.3g} billion in layers at work for a token"
+    expert = anatomy.flops
+    active = "" if not expert.expert_nbytes else f", of which a token meets {expert.per_token // 2:,} in the layers"
     return (
-        f"{anatomy.name}: {number / 1e9:.4g} billion parameters{active}; {format_size(stored)} of weights, "
+        f"{anatomy.name}: {number:,} parameters{active}; {format_size(stored)} of weights, "
         f"{anatomy.dtype}\non {hardware.title}\n({hardware.source})"
     )
 
@@ -48,7 +48,12 @@ def _places(question: Question, plan: Plan) -> str:
         ("", "keys and values", plan.kv_nbytes, f"{format_size(token)} a token"),
         ("", "workspace", plan.workspace_nbytes, f"passes of {plan.pass_tokens} tokens in {plan.micro_batch_tokens}s"),
         ("", "all", plan.device_nbytes, f"of a budget of {format_size(question.tiers.device or 0)}"),
-        ("host", _layers(counts[Tier.HOST]), plan.host_nbytes, f"of a budget of {format_size(question.tiers.host or 0)}"),
+        (
+            "host",
+            _layers(counts[Tier.HOST]),
+            plan.host_nbytes,
+            f"of a budget of {format_size(question.tiers.host or 0)}",
+        ),
         ("nvme", _layers(counts[Tier.NVME]), plan.nvme_nbytes, "read in every pass" if plan.nvme_nbytes else ""),
     ]
     lines = [f"{where:8}{what:24}{format_size(nbytes):>12}  {more}".rstrip() for where, what, nbytes, more in rows]
@@ -66,7 +71,7 @@ def _pass(forecast: Forecast) -> str:
     lines = [f"seconds of a pass, on average of {forecast.passes}"]
     for name, seconds in sorted(busy.items(), key=lambda item: -item[1]):
         bar = "█" * round(_BAR * seconds / most)
-        lines.append(f"{name.replace('_', ' '):16}{seconds:10.3f}  {bar}".rstrip())
+        lines.append(f"{name.replace('_', ' '):16}{seconds:10.3g}  {bar}".rstrip())
     return "\n".join(lines)
 
 
@@ -84,8 +89,7 @@ def _job(question: Question, chosen: Choice) -> str:
 def _changes(changes: list[WhatIf]) -> str:
     known = [one for one in changes if one.speedup is not None]
     lines = ["what if: times as fast, and what then sets the pace"]
-    for one in known:
-        lines.append(f"{one.speedup:6.2f} ×  {one.text}; {(one.bottleneck or '').replace('_', ' ')}")
+    lines += [f"{one.speedup:6.2f} ×  {one.text}; {(one.bottleneck or '').replace('_', ' ')}" for one in known]
     lines += [f"{'':6}    {one.text}: not possible, {one.why_not}" for one in changes if one.speedup is None]
     if known and (known[0].speedup or 0) > 1.01:
         lines.append(f"most is bought by {known[0].text}")
@@ -122,7 +126,7 @@ def _asked(question: Question) -> dict[str, Any]:
             "layer_bytes": list(shape.layer_nbytes),
             "wire_bytes": list(shape.wire_nbytes),
             "kv_bytes_per_token": shape.kv_token_nbytes,
-            "flops_per_token": anatomy.flops().per_token,
+            "flops_per_token": anatomy.flops.per_token,
         },
         "hardware": {"title": hardware.title, "source": hardware.source, "measured": hardware.measured},
         "budgets": _tiers(question.tiers),
@@ -144,7 +148,9 @@ def refusal(question: Question, error: BudgetError, nearest: Nearest) -> str:
         [
             _title(question),
             f"does not fit: {error}\nshort by about {short}; this would fit: {options}",
-            _places(Question(question.anatomy, question.hardware, nearest.tiers, question.lengths), nearest.choice.plan),
+            _places(
+                Question(question.anatomy, question.hardware, nearest.tiers, question.lengths), nearest.choice.plan
+            ),
         ]
     )
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +18,14 @@ from typing import Any
 from penstock.engine.blueprints import BLUEPRINTS, DTYPE_NBYTES, Blueprint, Config, Part
 from penstock.engine.flops import ModelFlops, count
 from penstock.errors import ConfigError, MissingFileError, ModelError
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.files import TensorEntry
 from penstock.offload.codec import CodecName, Coding, PackOptions
 from penstock.offload.layout import PARAMETER_ALIGNMENT
+from penstock.offload.manifest import CodedTensor, open_stored
 from penstock.offload.plan import ModelShape
 
-__all__ = ["SHAPES", "Anatomy", "anatomy_of", "shape_directory"]
+__all__ = ["SHAPES", "Anatomy", "Unit", "anatomy_of", "parameters_in", "shape_directory", "with_stored"]
 
 SHAPES = Path(__file__).parents[1] / "data" / "shapes"
 """A directory with a config.json for each shape."""
@@ -29,7 +34,9 @@ SAMPLER_NBYTES = {"cpu": 40, "cuda": 8 * 40}
 """What choosing tokens takes, by device: bytes per entry of the vocabulary, of the rows that are sampled at once."""
 
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FLOATS = frozenset(_SAFETENSORS.values())
 _LEAST_CODED = 4096
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +66,23 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """A model taken apart. `dtype` is a torch dtype's name; counts of elements are per token."""
+    """A model taken apart. `dtype` is a torch dtype's name; counts of elements are per token.
+
+    `state_nbytes` is what a sequence keeps whatever its length, besides two rows of logits.
+    """
 
     name: str
     family: str
     dtype: str
-    config: Config
+    vocab_size: int
+    context_length: int | None
+    flops: ModelFlops
     resident: Unit
     layers: tuple[Unit, ...]
     kept_elements: int
     working_elements: int
     held_elements: int
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary."""
-        return self.config.number("vocab_size")
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens that a sequence may have, where the config says it."""
-        length = getattr(self.config, "max_position_embeddings", None)
-        return length if type(length) is int else None
+    state_nbytes: int = 0
 
     def shape(self, *, on_cpu: bool) -> ModelShape:
         """Return what planning asks for."""
@@ -93,15 +95,8 @@ class Anatomy:
             workspace_nbytes=self.working_elements * size,
             held_nbytes=self.held_elements * size,
             kv_token_nbytes=self.kept_elements * size,
-            kv_sequence_nbytes=2 * self.vocab_size * size,
+            kv_sequence_nbytes=self.state_nbytes + 2 * self.vocab_size * size,
         )
-
-    def flops(self) -> ModelFlops:
-        """Return what its passes compute."""
-        parts = [unit.parts for unit in self.layers]
-        made = count(self.config, self.resident.parts, parts, vocab_size=self.vocab_size)
-        assert made is not None, "a blueprint names its experts"
-        return made
 
     def coded(self, codec: CodecName) -> Anatomy | None:
         """Return the model as `penstock pack` would store it; None where the codec has nothing to code."""
@@ -109,6 +104,55 @@ class Anatomy:
             return None
         layers = tuple(unit.coded(codec, self.dtype, all_parts=codec == "exact") for unit in self.layers)
         return replace(self, layers=layers) if layers != self.layers else None
+
+
+def with_stored(anatomy: Anatomy, directory: Path) -> Anatomy | None:
+    """Look at the headers of a directory's weights: packed or cast tensors travel as they are stored.
+
+    Returns the anatomy as it is where no weights are there, None where they are not the tensors that it tells of.
+    Raises CheckpointError for files that are damaged.
+    """
+    if not any(directory.glob("*.safetensors*")):
+        return anatomy
+    size = DTYPE_NBYTES[anatomy.dtype]
+    found: dict[int, _Stored] = defaultdict(_Stored)
+    for name, entry in open_stored(Checkpoint.open(directory)).tensors.items():
+        match = _IN_LAYER.search(name)
+        found[int(match[1]) if match else -1].add(entry, size)
+    units = (anatomy.resident, *anatomy.layers)
+    layers = []
+    for number, unit in enumerate(units, start=-1):
+        known, numbers = found[number], parameters_in([unit])
+        if abs(known.numbers - numbers) > numbers // 1000 and number >= 0:
+            return None
+        layers.append(Unit(unit.parts, known.nbytes, known.wire_nbytes) if known.decoded_nbytes else unit)
+    return replace(anatomy, resident=layers[0], layers=tuple(layers[1:]))
+
+
+class _Stored:
+    """The tensors of a unit, added up."""
+
+    def __init__(self) -> None:
+        self.numbers = self.wire_nbytes = self.decoded_nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.wire_nbytes + self.decoded_nbytes
+
+    @staticmethod
+    def _itemsize(name: str, itemsize: int) -> int:
+        """Return what a number takes on the device: the correction terms of routers are float32 there."""
+        return 4 if name.endswith("correction_bias") else itemsize
+
+    def add(self, entry: TensorEntry | CodedTensor, itemsize: int) -> None:
+        numbers = math.prod(entry.shape)
+        parts = entry.parts if isinstance(entry, CodedTensor) else (entry,)
+        self.numbers += numbers
+        self.wire_nbytes += sum(_aligned(part.nbytes) for part in parts)
+        if isinstance(entry, CodedTensor):
+            self.decoded_nbytes += _aligned(entry.coding.nbytes)
+        elif entry.dtype in _FLOATS and entry.nbytes != (wanted := numbers * self._itemsize(entry.name, itemsize)):
+            self.decoded_nbytes += _aligned(wanted)
 
 
 def shape_directory(name: str) -> Path:
@@ -121,6 +165,8 @@ def shape_directory(name: str) -> Path:
 
 def anatomy_of(directory: Path, *, dtype: str = "auto", layers: int | None = None) -> Anatomy | None:
     """Take the model of a directory apart, by its config.json; None for a family without a blueprint.
+
+    A config that says that its weights are quantised is taken for what they were before: `with_stored` sees the rest.
 
     `dtype` is "auto" or one to compute in, `layers` another depth. Raises ModelError and MissingFileError for a config
     that cannot be read, ConfigError for a dtype that is none.
@@ -147,12 +193,19 @@ def _taken_apart(name: str, family: str, blueprint: Blueprint, config: Config, d
     for index in range(number):
         parts = blueprint.layer(config, index, size)
         layers.append(kinds.setdefault(parts, Unit.of(parts)))
+    resident = Unit.of(blueprint.resident(config, size))
+    vocab_size = config.number("vocab_size")
+    flops = count(config, resident.parts, [unit.parts for unit in layers], vocab_size=vocab_size)
+    assert flops is not None, "a blueprint names its experts"
+    length = getattr(config, "max_position_embeddings", None)
     return Anatomy(
         name=name,
         family=family,
         dtype=dtype,
-        config=config,
-        resident=Unit.of(blueprint.resident(config, size)),
+        vocab_size=vocab_size,
+        context_length=length if type(length) is int else None,
+        flops=flops,
+        resident=resident,
         layers=tuple(layers),
         kept_elements=number * blueprint.kept(config),
         working_elements=blueprint.at_work(config),

@@ -7,7 +7,6 @@ and shaped as transformers has them in memory (experts fused, gate and up in one
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,9 +107,10 @@ MLP = ("m", "mlp_bias", False)
 class Blueprint:
     """How a family's decoder layers are made.
 
-    `norms` counts norms as wide as the model; `query_norm` is "head" for one of each head's size, "all" for one over all.
-    `mlp` is "gated", "fused" (gate and up in one), or "plain". `window` names how a config without `layer_types` says
-    which layers attend to a window: "qwen", "gemma2", or a pattern's length.
+    `norms` counts norms as wide as the model. `query_norm` is "head" for norms of queries and keys as wide as a head,
+    "all" for wider ones. `mlp` is "gated", "fused" (gate and up in one), or "plain". `window` says which layers attend
+    to a window where a config has no `layer_types`: "qwen" by max_window_layers, a number n all but each nth. `names`
+    holds what a family calls numbers otherwise, and under "positions" how many rows its table of positions has more.
     """
 
     biases: tuple[Bias, ...] = ()
@@ -253,7 +253,7 @@ class Blueprint:
         hidden = config.number("hidden_size")
         kinds = {"gated": ("gate", "up"), "fused": ("gate_up",), "plain": ("up",)}[self.mlp]
         rows = 2 * width if self.mlp == "fused" else width
-        shapes = {kind: (rows, hidden) for kind in kinds} | {"down": (hidden, width)}
+        shapes = dict.fromkeys(kinds, (rows, hidden)) | {"down": (hidden, width)}
         made = [Part(f"{name}.{kind}_proj.weight", shape, itemsize) for kind, shape in shapes.items()]
         if "m" in self._biased(config):
             made += [Part(f"{name}.{kind}_proj.bias", shape[:1], itemsize) for kind, shape in shapes.items()]

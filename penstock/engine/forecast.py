@@ -168,9 +168,7 @@ def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
 class _Tally:
     """Adds up passes."""
 
-    def __init__(
-        self, lengths: list[Length], plan: Plan, machine: Machine, model: ModelFlops, kept: KVCost
-    ) -> None:
+    def __init__(self, lengths: list[Length], plan: Plan, machine: Machine, model: ModelFlops, kept: KVCost) -> None:
         self._total = sum(length.generated for length in lengths)
         self._num_requests = len(lengths)
         self._known = plan, machine, model, kept

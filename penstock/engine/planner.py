@@ -16,9 +16,14 @@ from penstock.errors import BudgetError
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.cost import Machine
 from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
-from penstock.offload.tiers import MemoryTiers
+from penstock.offload.tiers import MemoryTiers, Tier
 
-__all__ = ["Choice", "Objective", "choose_plan"]
+__all__ = ["LIMITS", "Choice", "Objective", "choose_plan"]
+
+LIMITS = {"cpu": PassLimits(2, 512, 4096), "cuda": PassLimits(3, 2048, 16384)}
+"""Where planning starts, by device."""
+
+USUAL_SLOTS = 3
 
 Objective = Literal["throughput", "latency"]
 
@@ -30,10 +35,13 @@ MAX_PASSES = 256
 _LEAST_GAIN = 1.005
 """A plan must be this much better to take another's place: the first one tried is the usual one."""
 
+_FEW_SLOTS = 1.01
+"""What a plan with fewer slots than usual must be better by: they make up for late layers, which no forecast sees."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The plan that was chosen, what is expected of it, the limits that it was made within, and how many were compared."""
+    """The plan that was chosen, its forecast, the limits that it was made within, and how many were compared."""
 
     plan: Plan
     forecast: Forecast
@@ -52,11 +60,13 @@ def choose_plan(
     fixed: Collection[str] = (),
     splits_prompts: bool = True,
     objective: Objective = "throughput",
+    max_rounds: int | None = None,
 ) -> Choice:
     """Return the best plan that was found for requests of these lengths, starting from the usual one within `limits`.
 
     For "throughput" the whole run ends soonest, for "latency" a request does, on average. Fields of `limits` that are
-    named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. Raises
+    named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. The search
+    goes on from the best plan of a round as long as that is a better one, `max_rounds` times at most. Raises
     BudgetError when nothing fits, ProfileError when a rate that it depends on is not known.
     """
     cost = KVCost(shape.kv_token_nbytes, shape.kv_sequence_nbytes, BLOCK_TOKENS)
@@ -81,10 +91,10 @@ def choose_plan(
     free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
     if not best.plan.num_slots:
         free -= {"device_layers"}
-    improved = True
-    while improved:
-        improved = False
-        for candidate in _neighbours(best.limits, num_layers, free):
+    rounds, improved = 0, True
+    while improved and rounds != max_rounds:
+        rounds, improved = rounds + 1, False
+        for candidate in _neighbours(best, free):
             other = look(candidate)
             if isinstance(other, Choice) and _value(best, objective) > _LEAST_GAIN * _value(other, objective):
                 best, improved = other, True
@@ -114,18 +124,30 @@ def _first_that_fits(
 
 
 def _value(choice: Choice, objective: Objective) -> float:
-    return choice.forecast.seconds if objective == "throughput" else choice.forecast.mean_seconds
+    seconds = choice.forecast.seconds if objective == "throughput" else choice.forecast.mean_seconds
+    return seconds * _FEW_SLOTS if 0 < choice.plan.num_slots < USUAL_SLOTS else seconds
 
 
-def _neighbours(at: PassLimits, num_layers: int, free: Collection[str]) -> Iterator[PassLimits]:
-    """Yield limits that differ in one thing, in large steps and small ones."""
+def _neighbours(best: Choice, free: Collection[str]) -> Iterator[PassLimits]:
+    """Yield limits that differ in one thing, in large steps and small ones, or in two by a small step."""
+    at, num_layers = best.limits, len(best.plan.tiers)
     if "device_layers" in free:
         step = max(num_layers // 2, 1)
-        here = at.device_layers or 0
+        here = len(best.plan.layers_in(Tier.DEVICE))
         while step:
             for count in {here - step, here, here + step} & set(range(num_layers + 1)):
                 yield replace(at, device_layers=count)
             step //= 2
+        if "pass_tokens" in free:  # the workspace of fewer tokens may be just what one layer more needs
+            for count in {here - 1, here + 1} & set(range(num_layers + 1)):
+                for factor in (0.5, 2):
+                    tokens = max(int(at.pass_tokens * factor), at.micro_batch_tokens)
+                    yield replace(at, device_layers=count, pass_tokens=tokens)
+    if "device_layers" in free:
+        for count in {best.plan.num_slots - 1, best.plan.num_slots + 1} & set(range(2, USUAL_SLOTS + 1)):
+            yield replace(at, num_slots=count)
+            layers = len(best.plan.layers_in(Tier.DEVICE)) + best.plan.num_slots - count
+            yield replace(at, num_slots=count, device_layers=min(max(layers, 0), num_layers))
     if "pass_tokens" in free:
         for factor in (0.25, 0.5, 2, 4):
             yield replace(at, pass_tokens=max(int(at.pass_tokens * factor), at.micro_batch_tokens))

@@ -11,19 +11,21 @@ from typing import Any
 
 from penstock.engine.anatomy import Anatomy
 from penstock.engine.forecast import Length
-from penstock.engine.planner import Choice, Objective, choose_plan
+from penstock.engine.planner import LIMITS, Choice, Objective, choose_plan
 from penstock.errors import BudgetError
 from penstock.offload.machines import Hardware
 from penstock.offload.plan import PassLimits
 from penstock.offload.tiers import MemoryTiers, format_size
 
-__all__ = ["LIMITS", "Nearest", "Question", "WhatIf", "budgets_of", "nearest_that_fits", "what_ifs"]
+__all__ = ["Nearest", "Question", "WhatIf", "budgets_of", "nearest_that_fits", "what_ifs"]
 
-LIMITS = {"cpu": PassLimits(2, 512, 4096), "cuda": PassLimits(3, 2048, 16384)}
-"""Where planning starts, by device."""
-
-MAX_SAMPLE = 192
+MAX_SAMPLE = 256
+_ROUNDS = 2
 """Requests that are forecast to compare hardware; the sample is spread over all of them."""
+
+
+_STEP_NBYTES = 64 << 20
+"""To which what would fit is rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,18 @@ class Question:
     lengths: Sequence[Length]
     objective: Objective = "throughput"
 
-    def answer(self, *, limits: PassLimits | None = None) -> Choice:
-        """Choose the plan. Raises BudgetError and ProfileError."""
+    def answer(self, *, limits: PassLimits | None = None, max_rounds: int | None = None) -> Choice:
+        """Choose the plan, starting from `limits`. Raises BudgetError and ProfileError."""
         on_cpu = self.hardware.on_cpu
         return choose_plan(
             self.anatomy.shape(on_cpu=on_cpu),
             self.tiers,
             limits or LIMITS["cpu" if on_cpu else "cuda"],
             machine=self.hardware.machine(self.anatomy.dtype),
-            model=self.anatomy.flops(),
+            model=self.anatomy.flops,
             lengths=self.lengths,
             objective=self.objective,
+            max_rounds=max_rounds,
         )
 
 
@@ -111,13 +114,11 @@ def _tried(name: str, text: str, changed: Question | str, now: Choice) -> WhatIf
     if isinstance(changed, str):
         return WhatIf(name, text, None, None, changed)
     try:
-        found = changed.answer(limits=now.limits if changed.anatomy.layers else None)
+        found = changed.answer(limits=now.limits, max_rounds=_ROUNDS)
     except BudgetError as error:
-        return WhatIf(name, text, None, None, str(error))
+        return WhatIf(name, text, None, None, error.what)
     latency = changed.objective == "latency"
-    before, after = (
-        one.forecast.mean_seconds if latency else one.forecast.seconds for one in (now, found)
-    )
+    before, after = (one.forecast.mean_seconds if latency else one.forecast.seconds for one in (now, found))
     return WhatIf(name, text, before / after, found.forecast.bottleneck)
 
 
@@ -142,8 +143,10 @@ def _changes(question: Question) -> Iterator[tuple[str, str, Question | str]]:
         yield "second_nvme", "a second NVMe disk, read in turn with the first", replace(question, hardware=faster)
     for codec, text in (("exact", "packed bit for bit"), ("int8", "in 8 bits"), ("int4", "in 4 bits")):
         coded = question.anatomy.coded(codec)  # type: ignore[arg-type]
-        other = f"{question.anatomy.dtype} weights cannot be packed so" if coded is None else replace(
-            question, anatomy=coded
+        other = (
+            f"{question.anatomy.dtype} weights cannot be packed so"
+            if coded is None
+            else replace(question, anatomy=coded)
         )
         yield codec, f"weights {text} (penstock pack --codec {codec})", other
 
@@ -157,10 +160,13 @@ class Nearest:
 
 
 def nearest_that_fits(question: Question) -> Nearest | None:
-    """Return an answer with the least more device memory, or else host memory, to 1 %; None where none helps."""
+    """Return an answer with the least more device memory, or else host memory; None where none helps.
+
+    It is looked for with the longest request alone: the others can wait for it.
+    """
     for name in ("device", "host"):
         start: int = getattr(question.tiers, name)
-        low, high = start, max(start, 1 << 20)
+        low = high = -(-max(start, 1) // _STEP_NBYTES) * _STEP_NBYTES
         most = 64 * max(sum(question.anatomy.shape(on_cpu=False).layer_nbytes), start)
         found = None
         while found is None and high < most:
@@ -168,8 +174,8 @@ def nearest_that_fits(question: Question) -> Nearest | None:
             found = _with(question, name, high)
         if found is None:
             continue
-        while high - low > high // 128:
-            middle = (low + high) // 2
+        while high - low > _STEP_NBYTES:
+            middle = -(-(low + high) // 2 // _STEP_NBYTES) * _STEP_NBYTES
             better = _with(question, name, middle)
             low, high, found = (low, middle, better) if better else (middle, high, found)
         return found
@@ -179,7 +185,7 @@ def nearest_that_fits(question: Question) -> Nearest | None:
 def _with(question: Question, name: str, nbytes: int) -> Nearest | None:
     tiers = question.tiers
     sizes = {"device": tiers.device, "host": tiers.host, "nvme": tiers.nvme} | {name: nbytes}
-    changed = MemoryTiers(**sizes)  # type: ignore[arg-type]
+    changed = MemoryTiers(**sizes)
     longest = max(question.lengths, key=lambda length: length.prompt + length.generated)
     try:
         return Nearest(changed, replace(question, tiers=changed, lengths=[longest]).answer())

@@ -66,9 +66,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Seconds that each resource is busy in a pass; they are busy at the same time."""
+    """Seconds that each resource is busy in a pass: all at once, unless there is one slot, which computing holds."""
 
     busy: Mapping[str, float]
+    overlaps: bool = True
 
     @property
     def bottleneck(self) -> str:
@@ -78,11 +79,16 @@ class PassCost:
     @property
     def seconds(self) -> float:
         """How long the pass takes."""
-        return max(self.busy.values())
+        most = max(self.busy.values())
+        if self.overlaps:
+            return most
+        computing = self.busy[COMPUTING]
+        return computing + max(seconds for name, seconds in self.busy.items() if name != COMPUTING)
 
     def towards(self, other: PassCost, share: float) -> PassCost:
         """Return the cost that lies between this one (`share` 0) and another (1)."""
-        return PassCost({name: busy + share * (other.busy[name] - busy) for name, busy in self.busy.items()})
+        busy = {name: mine + share * (other.busy[name] - mine) for name, mine in self.busy.items()}
+        return PassCost(busy, self.overlaps)
 
 
 def pass_cost(
@@ -118,7 +124,7 @@ def pass_cost(
     if host_kv_nbytes:
         reading = _seconds("host memory", host_kv_nbytes, machine.host_read)
         busy[HOST_ATTENTION] = reading / BESIDE_THE_LINK if streamed else reading
-    return PassCost(busy)
+    return PassCost(busy, overlaps=plan.num_slots != 1)
 
 
 def _seconds(what: str, amount: float, rate: float | None) -> float:
