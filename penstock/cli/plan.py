@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,7 @@ def _built(directory: Path, dtype: str) -> Anatomy:
 
 def _hardware(options: argparse.Namespace) -> Hardware:
     from penstock.cli.settings import stored_profile  # noqa: PLC0415
+    from penstock.io.limits import available_memory  # noqa: PLC0415
     from penstock.offload.machines import HARDWARE, Hardware, find_hardware  # noqa: PLC0415
 
     path = options.model if options.model and os.path.isdir(options.model) else None
@@ -145,7 +147,8 @@ def _hardware(options: argparse.Namespace) -> Hardware:
             "this machine has not been measured",
             fix=f"Run `penstock profile` on the model's disk, or name a machine with --hardware: {known}.",
         )
-    return Hardware.of(profile, path=path)
+    made = Hardware.of(profile, path=path)
+    return replace(made, host_nbytes=min(made.host_nbytes, available_memory()))  # what others hold is not there
 
 
 def _check_context(question: Question) -> None:

@@ -99,11 +99,11 @@ class Anatomy:
         )
 
     def coded(self, codec: CodecName) -> Anatomy | None:
-        """Return the model as `penstock pack` would store it; None where the codec has nothing to code."""
+        """Return the model as `penstock pack` would store it; None where the codec has no code for its dtype."""
         if codec == "exact" and self.dtype != "bfloat16":
             return None
         layers = tuple(unit.coded(codec, self.dtype, all_parts=codec == "exact") for unit in self.layers)
-        return replace(self, layers=layers) if layers != self.layers else None
+        return replace(self, layers=layers)
 
 
 def with_stored(anatomy: Anatomy, directory: Path) -> Anatomy | None:

@@ -91,6 +91,10 @@ def choose_plan(
     free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
     if not best.plan.num_slots:
         free -= {"device_layers"}
+    if "device_layers" in free:
+        needed = sum(cost.of(length.prompt + length.generated) for length in sample)
+        made = map(look, _waves(best, look, needed, max(shape.layer_nbytes)))
+        best = min((best, *(one for one in made if isinstance(one, Choice))), key=lambda one: _value(one, objective))
     rounds, improved = 0, True
     while improved and rounds != max_rounds:
         rounds, improved = rounds + 1, False
@@ -121,6 +125,21 @@ def _first_that_fits(
         if isinstance(whole, Choice) and not whole.plan.num_slots:
             return whole
     return found
+
+
+def _waves(
+    usual: Choice, look: Callable[[PassLimits], Choice | BudgetError], needed_nbytes: int, layer_nbytes: int
+) -> Iterator[PassLimits]:
+    """Yield limits that leave room for all requests at once, for a half, a third or a quarter of them, the rest to layers.
+
+    Between these, room for a few requests more or less changes nothing.
+    """
+    roomy = look(replace(usual.limits, device_layers=0))
+    if isinstance(roomy, Choice):
+        for waves in range(1, 5):
+            count = int(roomy.plan.kv_nbytes - needed_nbytes / waves) // layer_nbytes
+            if count > 0:
+                yield replace(usual.limits, device_layers=min(count, len(usual.plan.tiers)))
 
 
 def _value(choice: Choice, objective: Objective) -> float:

@@ -20,7 +20,7 @@ from penstock.offload.tiers import MemoryTiers, format_size
 __all__ = ["Nearest", "Question", "WhatIf", "budgets_of", "nearest_that_fits", "what_ifs"]
 
 MAX_SAMPLE = 256
-_ROUNDS = 2
+_ROUNDS = 1
 """Requests that are forecast to compare hardware; the sample is spread over all of them."""
 
 
@@ -143,6 +143,8 @@ def _changes(question: Question) -> Iterator[tuple[str, str, Question | str]]:
         yield "second_nvme", "a second NVMe disk, read in turn with the first", replace(question, hardware=faster)
     for codec, text in (("exact", "packed bit for bit"), ("int8", "in 8 bits"), ("int4", "in 4 bits")):
         coded = question.anatomy.coded(codec)  # type: ignore[arg-type]
+        if coded == question.anatomy:
+            continue
         other = (
             f"{question.anatomy.dtype} weights cannot be packed so"
             if coded is None

@@ -19,7 +19,8 @@ def test_a_plan_for_people(capsys):
     status, out, err = run(capsys, "--shape", "opt-30b", "--hardware", "a6000", "--requests", "16")
     assert (status, err) == (0, "")
     for text in ("opt-30b: 29,974,540,288 parameters", "of a budget of 43.20 GiB", "keys and values", "host to device",
-                 "tokens/s", "the pace is set by", "twice the RAM", "most is bought by", "Nothing here was measured"):  # fmt: skip
+                 "tokens/s", "the pace is set by", "twice the RAM", "most is bought by",
+                 "Nothing here was measured"):  # fmt: skip
         assert text.lower() in out.lower()
 
 

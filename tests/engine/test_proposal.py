@@ -18,7 +18,9 @@ MODELS = {"llama-3-8b": 24, "mixtral-8x7b": 48, "opt-30b": 48}
 """And the device memory, in GiB, up to which they are tried."""
 
 
-def question(shape="llama-3-8b", *, device, host=20 * GIB, nvme=None, lengths=LENGTHS, objective="throughput", on="a6000"):
+def question(
+    shape="llama-3-8b", *, device, host=20 * GIB, nvme=None, lengths=LENGTHS, objective="throughput", on="a6000"
+):
     tiers = MemoryTiers(device=device, host=host, nvme=nvme)
     return Question(anatomy_of(shape_directory(shape)), find_hardware(on), tiers, lengths, objective)
 

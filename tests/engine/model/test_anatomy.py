@@ -100,7 +100,8 @@ WIDE = {
     "llama-3-70b": {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8},
     "qwen3-32b": {"hidden_size": 1280, "num_attention_heads": 16, "intermediate_size": 6400},
     "mixtral-8x7b": {"hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 3584},
-    "qwen3-235b-a22b": {"hidden_size": 1024, "num_attention_heads": 16, "num_experts": 16, "moe_intermediate_size": 384},
+    "qwen3-235b-a22b": {"hidden_size": 1024, "num_attention_heads": 16, "num_experts": 16,
+                        "moe_intermediate_size": 384},
     "gpt-oss-120b": {"hidden_size": 720, "intermediate_size": 720, "num_local_experts": 8, "num_attention_heads": 16},
     "deepseek-v3": {"hidden_size": 896, "intermediate_size": 2304, "moe_intermediate_size": 256, "n_routed_experts": 16,
                     "num_attention_heads": 16, "num_key_value_heads": 16, "n_group": 1, "topk_group": 1,
@@ -184,7 +185,7 @@ def test_configs_that_are_wrong_are_named(tmp_path):
         with pytest.raises(ModelError, match=match):
             anatomy_of(tmp_path)
     file.write_text(json.dumps({"model_type": "llama", "hidden_size": "wide", "num_hidden_layers": 2}))
-    with pytest.raises(ModelError, match="hidden_size.*'wide'"):
+    with pytest.raises(ModelError, match=r"hidden_size.*'wide'"):
         anatomy_of(tmp_path)
     with pytest.raises(ConfigError, match="not a dtype"):
         anatomy_of(SHAPES / "tiny", dtype="int3")
