@@ -65,17 +65,21 @@ class ModelFlops:
 
     def of(self, spans: Iterable[Span], *, rows: int) -> int:
         """Return the FLOPs of a pass over `spans`, of which `rows` tokens go through the head."""
-        known = list(spans)
-        total = self.per_row * rows + self.per_token * sum(span.length for span in known)
+        singles, longer = [], []
+        for span in spans:
+            if span.length == 1:
+                singles.append(span.start + 1)
+            else:
+                longer.append(span)
+        total = self.per_row * rows + self.per_token * (len(singles) + sum(span.length for span in longer))
         for window, flops in self.per_pair.items():
-            total += flops * sum(pairs(span, window) for span in known)
+            seen = sum(singles) if window is None else sum(min(length, window) for length in singles)
+            total += flops * (seen + sum(pairs(span, window) for span in longer))
         return total
 
 
 def pairs(span: Span, window: int | None = None) -> int:
     """Return how many (token, token that it sees) pairs a span has; every token sees itself and at most `window`."""
-    if span.length == 1:
-        return min(span.start + 1, window or span.start + 1)
     whole = min(span.end, window or span.end)
     growing = range(span.start + 1, whole + 1)  # tokens that see all before them
     seen = (growing[0] + growing[-1]) * len(growing) // 2 if growing else 0

@@ -41,15 +41,17 @@ class Question:
     def answer(self, *, limits: PassLimits | None = None, max_rounds: int | None = None) -> Choice:
         """Choose the plan, starting from `limits`. Raises BudgetError and ProfileError."""
         on_cpu = self.hardware.on_cpu
+        usual = LIMITS["cpu" if on_cpu else "cuda"]
         return choose_plan(
             self.anatomy.shape(on_cpu=on_cpu),
             self.tiers,
-            limits or LIMITS["cpu" if on_cpu else "cuda"],
+            limits or usual,
             machine=self.hardware.machine(self.anatomy.dtype),
             model=self.anatomy.flops,
             lengths=self.lengths,
             objective=self.objective,
             max_rounds=max_rounds,
+            usual_slots=usual.num_slots,
         )
 
 
