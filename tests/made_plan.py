@@ -5,7 +5,7 @@ from typing import Any
 
 from penstock.offload.plan import Plan
 
-_USUAL: dict[str, Any] = {"tiers": (), "num_slots": 1, "micro_batch_tokens": 64, "pass_tokens": 256}
+_USUAL: dict[str, Any] = {"tiers": (), "num_slots": 2, "micro_batch_tokens": 64, "pass_tokens": 256}
 
 
 def make_plan_of(**values: Any) -> Plan:

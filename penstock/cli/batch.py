@@ -15,6 +15,7 @@ from penstock.engine.request import Request
 from penstock.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from penstock.engine.forecast import Length
     from penstock.engine.llm import LLM
     from penstock.engine.outputs import RequestOutput
 
@@ -58,7 +59,21 @@ def run(options: argparse.Namespace) -> int:
             return _openai_line(number, fields, llm, given)
         return _plain_line(number, fields, llm, given, chat=options.chat)
 
-    return run_job(options, parse, lambda llm: llm.stream, parameters=given | {"chat": options.chat})
+    def length_of(fields: dict[str, Any]) -> Length:
+        return _length_of(fields, given)
+
+    return run_job(options, parse, lambda llm: llm.stream, length_of, parameters=given | {"chat": options.chat})
+
+
+def _length_of(fields: dict[str, Any], given: dict[str, Any]) -> Length:
+    from penstock.engine.forecast import expected_length  # noqa: PLC0415 - numpy; --help must not
+
+    if openai.is_openai(fields):
+        _, prompt, params = openai.read_body(fields, given)
+        return expected_length(prompt, params)
+    plain = {name: value for name, value in fields.items() if name != "custom_id"}
+    prompt, messages = parse_prompt(plain)
+    return expected_length(prompt or messages, SamplingParams.from_mapping(PLAIN | given | plain))
 
 
 def _openai_line(number: int, fields: dict[str, Any], llm: LLM, given: dict[str, Any]) -> Line:

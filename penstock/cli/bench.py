@@ -117,9 +117,8 @@ def _measure(
     from penstock.engine import llm as engine  # noqa: PLC0415
 
     tiers = tiers_of(options)
-    settings = read_settings(
-        options, options.scratch if options.shape or options.dummy else options.model, stored_profile()
-    )
+    profile = stored_profile()
+    settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model, profile)
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
         max(checkpoint.files, key=lambda file: file.nbytes),
@@ -144,6 +143,9 @@ def _measure(
         checkpoint=checkpoint,
         trace=trace,
         kernel_directory=kernel_directory(),
+        hardware=profile,
+        expects=workload.lengths(),
+        objective=options.objective,
     ) as llm:
 
         def show(state: Progress) -> None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -43,11 +44,13 @@ from penstock.io.journal import Journal
 from penstock.io.lines import MAX_LINE_NBYTES, Survey, read_lines, survey
 
 if TYPE_CHECKING:
+    from penstock.engine.forecast import Length
     from penstock.engine.llm import LLM
     from penstock.engine.report import Progress
 
-__all__ = ["Line", "Parse", "Stream", "add_files", "run_job"]
+__all__ = ["LengthOf", "Line", "Parse", "Stream", "add_files", "run_job"]
 
+_SAMPLE_LINES = 1024
 COMMIT_SECONDS = 0.1
 """Passes that are shorter than this share a commit."""
 
@@ -72,6 +75,9 @@ class Line:
 Parse = Callable[[int, dict[str, Any], "LLM"], Line]
 """Makes a request of a line's number and fields; raises RequestError or ConfigError."""
 
+LengthOf = Callable[[dict[str, Any]], "Length"]
+"""Guesses the length of a line's request from its fields; raises RequestError or ConfigError."""
+
 Stream = Callable[..., Iterator[Any]]
 """`LLM.stream` or `LLM.stream_scores` of a model."""
 
@@ -89,6 +95,7 @@ def run_job(
     options: argparse.Namespace,
     parse: Parse,
     stream_of: Callable[[LLM], Stream],
+    length_of: LengthOf,
     *,
     parameters: Mapping[str, Any],
 ) -> int:
@@ -120,7 +127,8 @@ def run_job(
         with _Stop() as stop:
             summary = None
             if known is None or len(journal) < known.num_lines:
-                with open_llm(options, tiers, job.progress) as llm:
+                expects = [] if known is None else _expected(options.input, known.num_lines - len(journal), length_of)
+                with open_llm(options, tiers, job.progress, expects=expects) as llm:
                     summary = None if stop.number else job.run(llm, stream_of(llm), stop)
             if stop.number:
                 _say(f"stopped with {len(journal)} {_of(known)}lines done; {_hint(known, part)}")
@@ -142,6 +150,16 @@ def _survey(source: str) -> Survey | None:
     if not found.num_lines:
         raise PromptFileError("no requests in this file", file=source, wanted="at least one line", got="none")
     return found
+
+
+def _expected(source: str, num_lines: int, length_of: LengthOf) -> list[Length]:
+    """Guess how long the requests of so many lines are; the first lines stand for all."""
+    lengths = []
+    with Path(source).open("rb") as stream:
+        for _, raw in islice(read_lines(stream), _SAMPLE_LINES):
+            with suppress(RequestError, ConfigError):  # a bad line gets its error when its turn comes
+                lengths.append(length_of(_fields(raw)))
+    return (lengths * -(-num_lines // len(lengths)))[:num_lines] if lengths else []
 
 
 def _identity(options: argparse.Namespace, known: Survey | None, parameters: Mapping[str, Any]) -> dict[str, Any]:

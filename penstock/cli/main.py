@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import penstock
-from penstock.cli import batch, bench, generate, pack, profile, score
+from penstock.cli import batch, bench, generate, pack, plan, profile, score
 from penstock.errors import OutputError, PenstockError
 
 __all__ = ["main"]
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_to(commands)
     bench.add_to(commands)
     pack.add_to(commands)
+    plan.add_to(commands)
     profile.add_to(commands)
     for each in (parser, *commands.choices.values()):  # before or after the command's name
         default = 0 if each is parser else argparse.SUPPRESS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.output import ProgressLine
@@ -54,6 +55,12 @@ def add_memory(parser: Any) -> Any:
         default="auto",
         help="compile each kind of layer at start-up (default: on a GPU)",
     )
+    memory.add_argument(
+        "--objective",
+        choices=("throughput", "latency"),
+        default="throughput",
+        help="plan for the whole job's end, or for that of a request on average (default: %(default)s)",
+    )
     add_read_options(memory)
     return memory
 
@@ -73,7 +80,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
     model = options.model or engine.DEFAULT_MODEL
     profile = stored_profile()
     settings = read_settings(options, model, profile)
-    return engine.LLM(
+    llm = engine.LLM(
         options.model,
         tiers=tiers,
         device=options.device,
@@ -85,5 +92,9 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         hardware=profile,
         kernel_directory=kernel_directory(),
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
+        objective=options.objective,
         **more,
     )
+    progress.clear()
+    print(f"penstock: {llm.outlook()}", file=sys.stderr)
+    return llm

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from penstock.cli.job import Line, add_files, run_job
 from penstock.cli.options import add_memory
 from penstock.engine.request import ScoreRequest
+from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import RequestError
 
 if TYPE_CHECKING:
+    from penstock.engine.forecast import Length
     from penstock.engine.llm import LLM
     from penstock.engine.outputs import ScoreOutput
 
@@ -40,7 +42,16 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    return run_job(options, _parse, lambda llm: llm.stream_scores, parameters={})
+    return run_job(options, _parse, lambda llm: llm.stream_scores, _length_of, parameters={})
+
+
+def _length_of(fields: dict[str, Any]) -> Length:
+    """Guess: a text is read once, and ends with the logits of its last token."""
+    from penstock.engine.forecast import Length, expected_length  # noqa: PLC0415 - numpy; --help must not
+
+    params = SamplingParams(max_tokens=1)
+    parts = [value for name, value in fields.items() if name != "custom_id" and isinstance(value, (str, list))]
+    return Length(sum(expected_length(part, params).prompt for part in parts) or 1, 1)
 
 
 def _parse(number: int, fields: dict[str, Any], _: LLM) -> Line:

@@ -15,7 +15,6 @@ from penstock.engine.llm import LLM
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, ProfileError
-from penstock.offload.cost import Machine
 from penstock.offload.peaks import Peaks, measure_peaks
 
 __all__ = ["BenchReport", "Phase", "Workload", "forget_peak_memory", "measure_peaks", "run_bench"]
@@ -34,6 +33,10 @@ class Workload:
         for name in ("prompt_len", "gen_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is out of range", wanted="at least 1", got=getattr(self, name))
+
+    def lengths(self) -> list[Length]:
+        """Return the lengths of the requests."""
+        return [Length(self.prompt_len, self.gen_len)] * self.batch_size
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Return the prompts."""
@@ -257,10 +260,8 @@ def run_bench(
 def _foresee(llm: LLM, workload: Workload, peaks: Peaks) -> Forecast | None:
     """Return what the peaks would have had the run take; None where one of them is not known."""
     assert llm.last_run is not None
-    flops = peaks.matmul.get(llm.last_run.dtype)
-    machine = Machine(peaks.host_to_device, peaks.disk.bytes_per_second, flops, peaks.device_memory)
     try:
-        return llm.foresee(machine, [Length(workload.prompt_len, workload.gen_len)] * workload.batch_size)
+        return llm.foresee(peaks.machine(llm.last_run.dtype), workload.lengths())
     except ProfileError:
         return None
 

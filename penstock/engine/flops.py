@@ -10,21 +10,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.engine.batch import Span
 
 if TYPE_CHECKING:
     from penstock.engine.model.build import StreamedModel
-    from penstock.offload.layout import Layout, View
 
-__all__ = ["ModelFlops", "count_flops", "pairs"]
+__all__ = ["ModelFlops", "Parameter", "count", "count_flops", "pairs"]
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+
+
+class Parameter(Protocol):
+    """A parameter of a model: a view of a buffer, or what a config says of one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in transformers' module."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +65,16 @@ class ModelFlops:
 
     def of(self, spans: Iterable[Span], *, rows: int) -> int:
         """Return the FLOPs of a pass over `spans`, of which `rows` tokens go through the head."""
-        total = self.per_row * rows
+        singles, longer = [], []
         for span in spans:
-            scores = sum(flops * pairs(span, window) for window, flops in self.per_pair.items())
-            total += self.per_token * span.length + scores
+            if span.length == 1:
+                singles.append(span.start + 1)
+            else:
+                longer.append(span)
+        total = self.per_row * rows + self.per_token * (len(singles) + sum(span.length for span in longer))
+        for window, flops in self.per_pair.items():
+            seen = sum(singles) if window is None else sum(min(length, window) for length in singles)
+            total += flops * (seen + sum(pairs(span, window) for span in longer))
         return total
 
 
@@ -67,37 +88,48 @@ def pairs(span: Span, window: int | None = None) -> int:
 
 def count_flops(model: StreamedModel) -> ModelFlops | None:
     """Return what a model asks for; None where its experts cannot be told from its config."""
-    config = model.config.get_text_config()
+    return count(
+        model.config.get_text_config(),
+        model.resident.parameters,
+        [layout.parameters for layout in model.layer_layouts],
+        vocab_size=model.vocab_size,
+    )
+
+
+def count(
+    config: Any, resident: Sequence[Parameter], layers: Sequence[Sequence[Parameter]], *, vocab_size: int
+) -> ModelFlops | None:
+    """Return what a model of these parameters asks for; `config` has transformers' names as attributes.
+
+    None where the experts cannot be told from it.
+    """
     experts, chosen = _first(config, _EXPERTS), _first(config, _CHOSEN)
     per_token = Fraction(0)
     expert_nbytes = 0
-    for layout in model.layer_layouts:
-        for view in _matrices(layout):
-            name, shape = view.name, view.shape
+    for layer in layers:
+        for one in _matrices(layer):
             share = Fraction(1)
-            if "experts." in name and "shared_expert" not in name:
-                if not experts or not chosen or shape[0] != experts:
+            if "experts." in one.name and "shared_expert" not in one.name:
+                if not experts or not chosen or one.shape[0] != experts:
                     return None
                 share = Fraction(chosen, experts)
-                expert_nbytes += view.nbytes
-            per_token += 2 * math.prod(shape) * share
+                expert_nbytes += one.nbytes
+            per_token += 2 * math.prod(one.shape) * share
     return ModelFlops(
-        parameters=sum(
-            math.prod(view.shape) for layout in (model.resident, *model.layer_layouts) for view in layout.parameters
-        ),
+        parameters=sum(math.prod(one.shape) for unit in (resident, *layers) for one in unit),
         per_token=int(per_token),
-        per_row=2 * model.vocab_size * config.hidden_size,
-        per_pair=_per_pair(config, len(model.layers)),
-        shared_nbytes=sum(view.nbytes for layout in model.layer_layouts for view in layout.parameters) - expert_nbytes,
+        per_row=2 * vocab_size * config.hidden_size,
+        per_pair=_per_pair(config, len(layers)),
+        shared_nbytes=sum(one.nbytes for layer in layers for one in layer) - expert_nbytes,
         expert_nbytes=expert_nbytes,
         expert_share=chosen / experts if expert_nbytes and experts and chosen else 0.0,
     )
 
 
-def _matrices(layout: Layout) -> Iterator[View]:
-    for view in layout.parameters:
-        if len(view.shape) > 1 and not view.name.endswith("bias"):
-            yield view
+def _matrices(layer: Iterable[Parameter]) -> Iterator[Parameter]:
+    for one in layer:
+        if len(one.shape) > 1 and not one.name.endswith("bias"):
+            yield one
 
 
 def _per_pair(config: Any, num_layers: int) -> dict[int | None, int]:

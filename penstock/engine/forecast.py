@@ -44,7 +44,10 @@ def expected_length(prompt: Any, params: SamplingParams) -> Length:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will take. `busy_seconds` is each resource's, `waits_for` the share of time that it sets the pace."""
+    """What a run will take. `busy_seconds` is each resource's, `waits_for` the share of time that it sets the pace.
+
+    `mean_seconds` is when a request ends, on average, from the start of the run.
+    """
 
     seconds: float
     passes: int
@@ -52,6 +55,7 @@ class Forecast:
     peak_sequences: int
     busy_seconds: dict[str, float]
     waits_for: dict[str, float]
+    mean_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,6 +81,7 @@ class Forecast:
             seconds=self.seconds * factor,
             passes=round(self.passes * factor),
             generated_tokens=round(self.generated_tokens * factor),
+            mean_seconds=self.mean_seconds * factor,
             busy_seconds={name: seconds * factor for name, seconds in self.busy_seconds.items()},
         )
 
@@ -87,6 +92,7 @@ class Forecast:
             "passes": self.passes,
             "generated_tokens": self.generated_tokens,
             "tokens_per_second": self.tokens_per_second,
+            "mean_seconds": self.mean_seconds,
             "peak_sequences": self.peak_sequences,
             "busy_seconds": self.busy_seconds,
             "waits_for": self.waits_for,
@@ -159,8 +165,7 @@ def forecast(
         splits_prompts=splits_prompts,
     )
     scheduler.feed(_sequences(every))
-    total = sum(length.generated for length in every)
-    return _Tally(total, plan, machine, model).run(scheduler, max_passes)
+    return _Tally(every, plan, machine, model, cost).run(scheduler, max_passes)
 
 
 def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
@@ -172,14 +177,17 @@ def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
 class _Tally:
     """Adds up passes."""
 
-    def __init__(self, total: int, plan: Plan, machine: Machine, model: ModelFlops) -> None:
-        self._total = total
-        self._known = plan, machine, model
+    def __init__(self, lengths: list[Length], plan: Plan, machine: Machine, model: ModelFlops, kept: KVCost) -> None:
+        self._total = sum(length.generated for length in lengths)
+        self._num_requests = len(lengths)
+        self._known = plan, machine, model, kept
         self._seconds = [0.0]
         self._generated = [0]
         self._busy: dict[str, float] = {}
         self._waits: dict[str, float] = {}
         self._peak = 0
+        self._ended = 0
+        self._ended_seconds = 0.0
 
     def run(self, scheduler: Scheduler, max_passes: int) -> Forecast:
         while len(self._seconds) <= max_passes:
@@ -201,6 +209,8 @@ class _Tally:
             sequence.num_computed = sequence.num_tokens - 1
             if sequence.num_tokens == sequence.capacity:
                 scheduler.finish(sequence)
+                self._ended += 1
+                self._ended_seconds += self._seconds[-1]
 
     def _skip(self, scheduler: Scheduler, batches: Batches, cost: PassCost) -> None:
         """Until the next sequence finishes, passes differ from this one in the length of what they attend to only."""
@@ -214,12 +224,15 @@ class _Tally:
             self._append(scheduler, scheduler.running, count)
 
     def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
-        plan, machine, model = self._known
+        plan, machine, model, kept = self._known
+        weights = sum(model.weights_read(sum(span.length for span in batch)) for batch in batches)
+        seen = sum(span.end for span in chain.from_iterable(batches) if span.length == 1)
         return pass_cost(
             plan,
             machine,
             flops=model.of(chain.from_iterable(batches), rows=rows),
-            weight_nbytes=sum(model.weights_read(sum(span.length for span in batch)) for batch in batches),
+            weight_nbytes=weights + seen * kept.token_nbytes,
+            num_calls=len(batches) * len(plan.tiers),
         )
 
     def _add(self, cost: PassCost, *, generated: int) -> None:
@@ -237,6 +250,7 @@ class _Tally:
             half = passes // 2
             pace = (generated - self._generated[half]) / (seconds - self._seconds[half])
             grow = 1 + left / pace / seconds
+        going_on = (self._num_requests - self._ended) * seconds * (1 + grow) / 2
         return Forecast(
             seconds=seconds * grow,
             passes=round(passes * grow),
@@ -244,4 +258,5 @@ class _Tally:
             peak_sequences=self._peak,
             busy_seconds={name: busy * grow for name, busy in self._busy.items()},
             waits_for={name: waited / seconds for name, waited in self._waits.items()},
+            mean_seconds=(self._ended_seconds + going_on) / self._num_requests,
         )

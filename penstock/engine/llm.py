@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -24,9 +24,10 @@ from penstock.engine.model.compile import LayerCompiler, why_not_compile
 from penstock.engine.model.tail import LOGIT_NBYTES
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
 from penstock.engine.outputs import RequestOutput, ScoreOutput
-from penstock.engine.planner import choose_plan
+from penstock.engine.planner import LIMITS, Objective
+from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
-from penstock.engine.rehearsal import rehearse, rehearse_compiled
+from penstock.engine.rehearsal import call_seconds, rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
 from penstock.engine.results import completion_of, score_of
@@ -42,7 +43,6 @@ from penstock.errors import (
     DeviceError,
     MissingFileError,
     PenstockError,
-    ProfileError,
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes
 from penstock.offload.kv_dtype import check_kv_dtype
-from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, Plan, make_plan
+from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, make_plan
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import MemoryTiers, format_size
 from penstock.offload.trace import Trace
@@ -69,7 +69,6 @@ DEFAULT_MODEL = Path(__file__).parents[1] / "data" / "tiny-python"
 
 logger = logging.getLogger("penstock.engine")
 
-LIMITS = {"cpu": PassLimits(2, 512, 4096), "cuda": PassLimits(3, 2048, 16384)}
 SAMPLER_ROWS = {"cpu": 1, "cuda": 8}
 
 
@@ -83,8 +82,10 @@ class LLM:
     defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
     weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
-    lengths that it `expects` on this `hardware`; without either, the usual one. Code that is compiled for attention in
-    host RAM is kept in `kernel_directory`, where given. A context manager; `close` gives all memory back.
+    lengths that it `expects` on this `hardware`, by `objective`: the whole run soonest ("throughput"), or a request
+    soonest on average ("latency"); without either, the usual one. With `tiers="auto"` the budgets are most of what is
+    free, and the machine is what `penstock profile` has kept in ~/.cache, if it has. Code that is compiled for
+    attention in host RAM is kept in `kernel_directory`, where given. A context manager; `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
@@ -94,7 +95,7 @@ class LLM:
         self,
         model: str | PathLike[str] | None = None,
         *,
-        tiers: MemoryTiers | None = None,
+        tiers: MemoryTiers | Literal["auto"] | None = None,
         device: str = "auto",
         dtype: str = "auto",
         micro_batch_tokens: int | None = None,
@@ -106,8 +107,9 @@ class LLM:
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
         trace: Trace | None = None,
-        hardware: HardwareProfile | None = None,
+        hardware: HardwareProfile | Machine | None = None,
         expects: Items[Length] = (),
+        objective: Objective = "throughput",
         kernel_directory: Path | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
@@ -116,6 +118,7 @@ class LLM:
         self._kv_dtype = check_kv_dtype(kv_dtype)
         self._closed = False
         self._generation: Generation | None = None
+        self._call_seconds = 0.0
         limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
@@ -131,16 +134,30 @@ class LLM:
         self._start_up.end("model")
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
-        known = _resolve(tiers or MemoryTiers(), self._device, pretended=checkpoint.shares_bytes)
+        budgets = MemoryTiers() if tiers is None or tiers == "auto" else tiers
+        known = _resolve(budgets, self._device, pretended=checkpoint.shares_bytes)
         _check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = self._rehearse(known, limits, compile)
+        if tiers == "auto":
+            hardware, expects = hardware or kept_profile(), expects or USUAL_WORK
+        machine = self._machine(hardware, measures=bool(expects))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
         given = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
         fixed = {name for name, value in given.items() if value is not None}
-        self.plan, self._forecast = self._plan(known, limits, fixed, hardware, expects)
+        self.plan, self._forecast, self._why = plan_run(
+            self._shape,
+            known,
+            limits,
+            machine=machine,
+            flops=count_flops(self._model) if machine else None,
+            expects=expects,
+            fixed=fixed,
+            splits_prompts=self._model.splits_prompts,
+            objective=objective,
+        )
         for what, asked, fits in (
             ("micro-batches", micro_batch_tokens, self.plan.micro_batch_tokens),
             ("passes", pass_tokens, self.plan.pass_tokens),
@@ -207,36 +224,19 @@ class LLM:
             return shape
         return compiled
 
-    def _plan(
-        self,
-        known: MemoryTiers,
-        limits: PassLimits,
-        fixed: Collection[str],
-        hardware: HardwareProfile | None,
-        expects: Items[Length],
-    ) -> tuple[Plan, Forecast | None]:
-        """Choose the plan that is best for what is expected on this machine, or else the usual one."""
-        flops = count_flops(self._model) if hardware and expects else None
-        if flops is not None and hardware is not None:
-            dtype = str(self._model.dtype).removeprefix("torch.")
-            machine = Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
-            try:
-                choice = choose_plan(
-                    self._shape,
-                    known,
-                    limits,
-                    machine=machine,
-                    model=flops,
-                    lengths=expects,
-                    fixed=fixed,
-                    splits_prompts=self._model.splits_prompts,
-                )
-            except (BudgetError, ProfileError) as error:  # a request that does not fit is refused when its turn comes
-                logger.info("planned without a forecast: %s", error)
-            else:
-                logger.info("the best of %d plans: %s", choice.num_compared, choice.forecast.explain())
-                return choice.plan, choice.forecast
-        return make_plan(self._shape, known, limits), None
+    def _machine(self, hardware: HardwareProfile | Machine | None, *, measures: bool) -> Machine | None:
+        """Return the rates of this model's passes; what issuing a layer takes is measured where it is asked for."""
+        if hardware is None:
+            return None
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        machine = (
+            hardware
+            if isinstance(hardware, Machine)
+            else Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
+        )
+        if measures:
+            self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
+        return replace(machine, call_seconds=machine.call_seconds or self._call_seconds)
 
     def foresee(self, machine: Machine, lengths: Iterable[Length]) -> Forecast | None:
         """Return what a run over requests of these lengths will take under the plan; None for a model without a count.
@@ -246,6 +246,7 @@ class LLM:
         flops = count_flops(self._model)
         if flops is None:
             return None
+        machine = replace(machine, call_seconds=machine.call_seconds or self._call_seconds)
         return forecast(
             self.plan, machine, flops, lengths, cost=self._kv_cost, splits_prompts=self._model.splits_prompts
         )
@@ -265,6 +266,11 @@ class LLM:
     def model(self) -> StreamedModel:
         """The model as it is streamed: its config, its layouts, its vocabulary."""
         return self._model
+
+    def outlook(self) -> str:
+        """Say in one line where the weights are, and what is forecast or why nothing is."""
+        foreseen = f"{self._forecast.explain()}; " if self._forecast else ""
+        return f"{self.plan.summary()}; {foreseen}{self._why}"
 
     @property
     def kv_token_nbytes(self) -> int:

@@ -1,38 +1,51 @@
 """Choose the plan under which a run ends soonest: plans are made, forecast and compared; nothing is allocated.
 
 What there is to choose: how many layers stay on the device, which leaves less room for keys and values and so fewer
-sequences at work, and how many tokens go through a layer in one call and in one pass, which need room too.
+sequences at work; how many slots the others stream through; and how many tokens go through a layer in one call and in
+one pass, which need room too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Forecast, Length, forecast
 from penstock.errors import BudgetError
-from penstock.offload.cost import Machine
+from penstock.offload.cost import Machine, pass_cost
 from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
-from penstock.offload.tiers import MemoryTiers
+from penstock.offload.tiers import MemoryTiers, Tier
 
-__all__ = ["Choice", "choose_plan"]
+__all__ = ["LIMITS", "Choice", "Objective", "choose_plan"]
+
+LIMITS = {"cpu": PassLimits(2, 512, 4096), "cuda": PassLimits(3, 2048, 16384)}
+"""Where planning starts, by device."""
+
+Objective = Literal["throughput", "latency"]
 
 MAX_REQUESTS = 1024
 MAX_PASSES = 256
 """How much of a run is forecast to compare plans."""
 
-
 _LEAST_GAIN = 1.005
 """A plan must be this much better to take another's place: the first one tried is the usual one."""
+
+_FEW_SLOTS = 1.01
+"""What a plan with fewer slots than usual must be better by: they make up for late layers, which no forecast sees."""
+
+_MOST_WAVES = 4
+_FEW_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The plan that was chosen, what is expected of it, and how many were compared."""
+    """The plan that was chosen, its forecast, the limits that it was made within, and how many were compared."""
 
     plan: Plan
     forecast: Forecast
+    limits: PassLimits
     num_compared: int
 
 
@@ -46,61 +59,189 @@ def choose_plan(
     lengths: Sequence[Length],
     fixed: Collection[str] = (),
     splits_prompts: bool = True,
+    objective: Objective = "throughput",
+    max_rounds: int | None = None,
+    usual_slots: int | None = None,
 ) -> Choice:
     """Return the best plan that was found for requests of these lengths, starting from the usual one within `limits`.
 
-    Fields of `limits` that are named in `fixed` stay. Raises BudgetError when nothing fits, ProfileError when a
-    rate that it depends on is not known.
+    For "throughput" the whole run ends soonest, for "latency" a request does, on average. Fields of `limits` that are
+    named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. The search
+    goes on from the best plan of a round as long as that is a better one, `max_rounds` times at most. Fewer slots than
+    the usual ones, those of `limits` unless said, must make it a percent better. Raises BudgetError when nothing fits,
+    ProfileError when a rate that it depends on is not known.
     """
     sample = lengths[:: -(-len(lengths) // MAX_REQUESTS)]
-    share = len(lengths) / len(sample)
-    known: dict[PassLimits, Choice | None] = {}
+    search = _Search(
+        shape,
+        tiers,
+        machine,
+        model,
+        sample,
+        splits_prompts=splits_prompts,
+        objective=objective,
+        usual_slots=usual_slots or limits.num_slots,
+    )
+    free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
+    best = search.first_that_fits(limits, free)
+    if not best.plan.num_slots:
+        free -= {"device_layers"}
+    if "device_layers" in free:
+        best = search.better(best, search.waves(best))
+    rounds, before = 0, None
+    while best != before and rounds != max_rounds:
+        rounds, before = rounds + 1, best
+        best = search.better(best, _neighbours(best, free, search.usual_slots))
+    whole = best.forecast.scaled(len(lengths) / len(sample))
+    return replace(best, forecast=whole, num_compared=search.num_compared)
 
-    def look(candidate: PassLimits) -> Choice | None:
-        if candidate not in known:
-            known[candidate] = None
+
+class _Search:
+    """Plans that were looked at, and what they are worth: seconds, fewer are better."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        tiers: MemoryTiers,
+        machine: Machine,
+        model: ModelFlops,
+        lengths: Sequence[Length],
+        *,
+        splits_prompts: bool,
+        objective: Objective,
+        usual_slots: int,
+    ) -> None:
+        self._shape = shape
+        self._tiers = tiers
+        self._machine = machine
+        self._model = model
+        self._lengths = lengths
+        self._splits_prompts = splits_prompts
+        self._objective = objective
+        self.usual_slots = usual_slots
+        self._cost = shape.kv_cost
+        sizes = [self._cost.of(length.prompt + length.generated) for length in lengths]
+        self._smallest_nbytes, self._needed_nbytes = min(sizes), sum(sizes)
+        self._generated = sum(length.generated for length in lengths)
+        self._known: dict[PassLimits, Choice | BudgetError] = {}
+
+    @property
+    def num_compared(self) -> int:
+        """How many plans were looked at."""
+        return len(self._known)
+
+    def look(self, limits: PassLimits, than: Choice | None = None) -> Choice | BudgetError | None:
+        """Return the plan within limits and its forecast, or why there is none; None if it cannot be better `than`."""
+        if limits not in self._known:
             try:
-                plan = make_plan(shape, tiers, candidate)
-                found = forecast(
-                    plan,
-                    machine,
-                    model,
-                    sample,
-                    cost=shape.kv_cost,
-                    splits_prompts=splits_prompts,
-                    max_passes=MAX_PASSES,
-                )
-            except BudgetError:
-                if candidate == limits:
-                    raise
-            else:
-                known[candidate] = Choice(plan, found, len(known))
-        return known[candidate]
+                plan = make_plan(self._shape, self._tiers, limits)
+                if than is not None and self._least_seconds(plan) > self.value(than):
+                    return None
+                self._known[limits] = Choice(plan, self._forecast(plan), limits, 0)
+            except BudgetError as error:
+                self._known[limits] = error
+        return self._known[limits]
 
-    best, at = look(limits), limits
-    assert best is not None
-    improved = True
-    while improved:
-        improved = False
-        for candidate in _neighbours(at, len(shape.layer_nbytes), fixed):
-            other = look(candidate)
-            if other and best.forecast.seconds > _LEAST_GAIN * other.forecast.seconds:
-                best, at, improved = other, candidate, True
-    return replace(best, forecast=best.forecast.scaled(share), num_compared=len(known))
+    def _forecast(self, plan: Plan) -> Forecast:
+        return forecast(
+            plan,
+            self._machine,
+            self._model,
+            self._lengths,
+            cost=self._cost,
+            splits_prompts=self._splits_prompts,
+            max_passes=MAX_PASSES,
+        )
+
+    def _least_seconds(self, plan: Plan) -> float:
+        """Return what the links take at least, when as many sequences as ever fit get a token in every pass."""
+        if self._objective == "latency":
+            return 0.0
+        at_once = max(min(plan.kv_nbytes // max(self._smallest_nbytes, 1), len(self._lengths)), 1)
+        return self._generated / at_once * pass_cost(plan, self._machine, flops=0, weight_nbytes=0).seconds
+
+    def value(self, choice: Choice) -> float:
+        """Return what a plan is worth."""
+        found = choice.forecast
+        seconds = found.seconds if self._objective == "throughput" else found.mean_seconds
+        return seconds * _FEW_SLOTS if 0 < choice.plan.num_slots < self.usual_slots else seconds
+
+    def better(self, best: Choice, candidates: Iterator[PassLimits]) -> Choice:
+        """Return the best of them all; the first one stays unless another is better by more than a little."""
+        for candidate in candidates:
+            other = self.look(candidate, than=best)
+            if isinstance(other, Choice) and self.value(best) > _LEAST_GAIN * self.value(other):
+                best = other
+        return best
+
+    def first_that_fits(self, limits: PassLimits, free: Collection[str]) -> Choice:
+        """Return the usual plan, or one that leaves more to keys and values; if it can be, one that streams nothing.
+
+        Raises the error of the usual one when none fits.
+        """
+        tried = [limits]
+        if "device_layers" in free:
+            tried += [replace(limits, device_layers=0), replace(limits, device_layers=0, num_slots=1)]
+        if {"pass_tokens", "micro_batch_tokens"} <= set(free):
+            tried += [replace(each, pass_tokens=_FEW_TOKENS, micro_batch_tokens=_FEW_TOKENS) for each in tried]
+        found = next((made for made in map(self.look, tried) if isinstance(made, Choice)), None)
+        if found is None:
+            refused = self.look(limits)
+            assert isinstance(refused, BudgetError)
+            raise refused
+        if "device_layers" in free and found.plan.num_slots:
+            whole = self.look(replace(found.limits, device_layers=len(self._shape.layer_nbytes)))
+            if isinstance(whole, Choice) and not whole.plan.num_slots:
+                return whole
+        return found
+
+    def waves(self, usual: Choice) -> Iterator[PassLimits]:
+        """Yield limits that leave room for all requests at once, for a half, a third or a quarter of them.
+
+        The rest goes to layers: between these, room for a few requests more or less changes nothing.
+        """
+        roomy = self.look(replace(usual.limits, device_layers=0))
+        if isinstance(roomy, Choice):
+            for number in range(1, _MOST_WAVES + 1):
+                left = roomy.plan.kv_nbytes - self._needed_nbytes / number
+                count = int(left) // max(self._shape.layer_nbytes)
+                if count > 0:
+                    yield replace(usual.limits, device_layers=min(count, len(usual.plan.tiers)))
 
 
-def _neighbours(at: PassLimits, num_layers: int, fixed: Collection[str]) -> Iterator[PassLimits]:
-    """Yield limits that differ in one thing, in large steps and small ones."""
-    if "device_layers" not in fixed:
-        step = max(num_layers // 2, 1)
-        here = at.device_layers or 0
-        while step:
-            for count in {here - step, here, here + step} & set(range(num_layers + 1)):
-                yield replace(at, device_layers=count)
-            step //= 2
-    if "pass_tokens" not in fixed:
+def _neighbours(best: Choice, free: Collection[str], usual_slots: int) -> Iterator[PassLimits]:
+    """Yield limits that differ in one thing, in large steps and small ones, or in two by a small step."""
+    at = best.limits
+    if "device_layers" in free:
+        yield from _other_layers(best)
+        yield from _other_slots(best, usual_slots)
+    if {"device_layers", "pass_tokens"} <= set(free):  # fewer tokens' workspace may be just what one layer more needs
+        here = len(best.plan.layers_in(Tier.DEVICE))
+        for count in {here - 1, here + 1} & set(range(len(best.plan.tiers) + 1)):
+            for factor in (0.5, 2):
+                tokens = max(int(at.pass_tokens * factor), at.micro_batch_tokens)
+                yield replace(at, device_layers=count, pass_tokens=tokens)
+    if "pass_tokens" in free:
         for factor in (0.25, 0.5, 2, 4):
             yield replace(at, pass_tokens=max(int(at.pass_tokens * factor), at.micro_batch_tokens))
-    if "micro_batch_tokens" not in fixed:
+    if "micro_batch_tokens" in free:
         for factor in (2, 4):  # smaller ones are worse than arithmetic and bytes can tell
             yield replace(at, micro_batch_tokens=min(at.micro_batch_tokens * factor, at.pass_tokens))
+
+
+def _other_layers(best: Choice) -> Iterator[PassLimits]:
+    num_layers, here = len(best.plan.tiers), len(best.plan.layers_in(Tier.DEVICE))
+    step = max(num_layers // 2, 1)
+    while step:
+        for count in {here - step, here, here + step} & set(range(num_layers + 1)):
+            yield replace(best.limits, device_layers=count)
+        step //= 2
+
+
+def _other_slots(best: Choice, usual_slots: int) -> Iterator[PassLimits]:
+    """Yield limits with a slot more or less, for room, or for a layer on the device."""
+    slots, here = best.plan.num_slots, len(best.plan.layers_in(Tier.DEVICE))
+    for count in {slots - 1, slots + 1} & set(range(2, usual_slots + 1)):
+        yield replace(best.limits, num_slots=count)
+        layers = min(max(here + slots - count, 0), len(best.plan.tiers))
+        yield replace(best.limits, num_slots=count, device_layers=layers)

@@ -7,10 +7,13 @@ that knows families.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +21,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from penstock.engine.anatomy import Anatomy, Unit
 from penstock.engine.batch import MicroBatch, Span
+from penstock.engine.blueprints import Part
 from penstock.engine.executor import Executor
-from penstock.engine.model.build import StreamedModel
+from penstock.engine.flops import count_flops
+from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.compile import LayerCompiler
+from penstock.errors import BudgetError, ModelError
+from penstock.io.limits import available_memory
 from penstock.offload.buffers import convert
 from penstock.offload.kv import KVStore
 from penstock.offload.layout import Layout
 from penstock.offload.plan import ModelShape, WindowLayer
+from penstock.offload.tiers import format_size
 
-__all__ = ["rehearse", "rehearse_compiled"]
+__all__ = ["call_seconds", "dissect", "rehearse", "rehearse_compiled"]
 
 NUM_TOKENS = 32
 MAX_CONTINUED = 2
@@ -36,6 +45,9 @@ micro-batch has."""
 
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
+
+_PASSES = 4
+_LARGE_NBYTES = 16 << 20
 
 COMPILED_TOKENS = {"cpu": 64, "cuda": 2048}
 """Micro-batches on which layers are compiled have at most so many tokens: enough to fill the device, and soon done."""
@@ -112,6 +124,67 @@ def rehearse_compiled(
         shape = replace(shape, workspace_nbytes=max(shape.workspace_nbytes, -(-peak // num_tokens)))
     del buffers
     return shape
+
+
+def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | None) -> float:
+    """Return what issuing one layer for one micro-batch takes the processor, in seconds, beside reading its weights.
+
+    That is the least of a few passes of few tokens over zeros. On the CPU, where issuing and computing are one, `reads`
+    is the rate of reading; of large layers little else would be seen, and 0 is returned.
+    """
+    largest = max(layout.nbytes for layout in model.layer_layouts)
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and largest > _LARGE_NBYTES:
+        return 0.0
+    buffers = _bind_to_zeros(model)
+    executor.weights = _Nothing(_Watch())
+    least = float("inf")
+    for _ in range(_PASSES):
+        batch = MicroBatch((Span(0, 0, 3),), _store(model, "auto", 3), MAX_SCORES)
+        began = time.perf_counter()
+        _run(model, executor, batch)
+        least = min(least, time.perf_counter() - began)
+    del buffers
+    reading = largest / reads if on_cpu and reads else 0.0
+    return max(least / len(model.layers) - reading, 0.0)
+
+
+def dissect(directory: Path, *, dtype: str = "auto") -> Anatomy:
+    """Build the model of a directory on the CPU, without weights, and return what it is made of and costs.
+
+    Raises BudgetError where not even one layer fits this machine's memory, and what loading a model raises.
+    """
+    model = load_model(directory, dtype=dtype, device="cpu")
+    needed = model.resident.nbytes + max(layout.nbytes for layout in model.layer_layouts)
+    if needed > (free := available_memory()):
+        wanted = f"more than {format_size(needed)}"
+        raise BudgetError("a layer of this family must be run once", wanted=wanted, got=f"{format_size(free)} free")
+    shape = rehearse(model, Executor(model.layers), sampler_nbytes=0)
+    size = model.dtype.itemsize
+    flops = count_flops(model)
+    if flops is None:
+        raise ModelError("which experts a token meets cannot be told from this config", file=directory / "config.json")
+
+    def unit(layout: Layout) -> Unit:
+        parts = tuple(
+            Part(view.name, view.shape, view.nbytes // max(prod(view.shape), 1)) for view in layout.parameters
+        )
+        return Unit(parts, layout.nbytes, layout.wire_nbytes)
+
+    return Anatomy(
+        name=directory.name,
+        family=str(model.config.model_type),
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        flops=flops,
+        resident=unit(model.resident),
+        layers=tuple(map(unit, model.layer_layouts)),
+        kept_elements=-(-shape.kv_token_nbytes // size),
+        working_elements=-(-shape.workspace_nbytes // size),
+        held_elements=-(-shape.held_nbytes // size),
+        state_nbytes=shape.kv_sequence_nbytes - 2 * model.vocab_size * size,
+    )
 
 
 def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:

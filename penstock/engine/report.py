@@ -9,12 +9,13 @@ from penstock.engine.forecast import Forecast
 from penstock.engine.model.compile import Compilation
 from penstock.engine.scheduler import Schedule
 from penstock.engine.startup import StartUp
+from penstock.offload.cost import COMPUTING, NVME_TO_HOST
 from penstock.offload.homes import HomesStatistics
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
 from penstock.offload.tiers import Tier
 
-__all__ = ["Progress", "RunReport", "Traffic"]
+__all__ = ["Progress", "Reckoning", "RunReport", "Traffic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,23 @@ class Progress:
     def streamed_bytes(self) -> int:
         """Bytes that went to the device so far."""
         return self.traffic.device_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reckoning:
+    """Seconds that were forecast of a resource, or of all, and those that it took; None where that was not timed."""
+
+    name: str
+    forecast_seconds: float
+    seconds: float | None
+
+    def __str__(self) -> str:
+        reached = "not timed" if self.seconds is None else f"{self.seconds:.2f} s"
+        return f"{self.name.replace('_', ' ')} {reached} of {self.forecast_seconds:.2f} s forecast"
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Return it for JSON."""
+        return {"forecast_seconds": self.forecast_seconds, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +182,7 @@ class RunReport:
             "reader": self.reader,
             "layer_code": self.compilation.as_dict(),
             "forecast": self.forecast.as_dict() if self.forecast else None,
+            "reckoning": {one.name: one.as_dict() for one in self.reckoning()},
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
             "memory": {
@@ -206,4 +225,22 @@ class RunReport:
             )
         if self.forecast:
             lines.append(f"plan           {self.forecast.explain()}")
+            lines.append(f"reached        {'; '.join(map(str, self.reckoning()))}")
         return "\n".join(lines)
+
+    def reckoning(self) -> tuple[Reckoning, ...]:
+        """Return what was forecast beside what was reached; nothing without a forecast.
+
+        What each resource was busy with is compared only where that was timed. Seconds are those of the passes that
+        were forecast: when there were others, they are as many times as long.
+        """
+        if self.forecast is None or not self.num_passes:
+            return ()
+        share = self.num_passes / self.forecast.passes
+        traffic, busy = self.traffic, self.forecast.busy_seconds
+        reached: dict[str, float | None] = {
+            COMPUTING: traffic.layers_seconds - traffic.stall_seconds,
+            NVME_TO_HOST: traffic.disk_busy_seconds,
+        }
+        whole = Reckoning("all", self.forecast.seconds * share, self.seconds)
+        return whole, *(Reckoning(name, busy[name] * share, reached.get(name)) for name in busy if busy[name])

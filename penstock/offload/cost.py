@@ -1,6 +1,7 @@
 """What a pass costs: the seconds that each resource is busy with it, from measured rates and the model's own numbers.
 
-Weights move to the device beside the computing, so a pass takes as long as its busiest resource.
+Weights move to the device beside the computing, and a processor attends over what lies in host RAM beside both, so a
+pass takes as long as its busiest resource.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from penstock.errors import ProfileError
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.plan import Plan
 
-__all__ = ["COMPUTING", "HOST_TO_DEVICE", "NVME_TO_HOST", "Machine", "PassCost", "pass_cost"]
+__all__ = [
+    "COMPUTING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "Machine", "PassCost", "pass_cost",
+]  # fmt: skip
 
 COMPUTING = "computing"
 HOST_TO_DEVICE = "host_to_device"
 NVME_TO_HOST = "nvme_to_host"
+ISSUING = "issuing"
+HOST_ATTENTION = "host_attention"
+
+BESIDE_THE_LINK = 0.6
+"""The share of its rate that host RAM keeps for a reader while the link takes what it can: 82 of 138 GB/s beside a
+full-rate PCIe 5 stream."""
 
 _MEASURE = "Measure with `penstock profile`, without --quick, on the machine and the disk of the model."
 
@@ -26,13 +35,18 @@ _MEASURE = "Measure with `penstock profile`, without --quick, on the machine and
 class Machine:
     """Rates that bound a pass, in bytes and FLOP per second. None: not measured, and fatal where it is needed.
 
-    `device_memory` is how fast computing reads weights, keys and values.
+    `device_memory` is how fast computing reads weights, keys and values, `host_read` how fast a processor reads host
+    RAM. `call_seconds` is what issuing one layer for one micro-batch takes the processor: a GPU computes meanwhile,
+    and where the processor is the device, it comes on top of computing.
     """
 
     host_to_device: float | None
     nvme_to_host: float | None
     flops: float | None
     device_memory: float | None
+    host_read: float | None = None
+    call_seconds: float = 0.0
+    on_cpu: bool = False
 
     @classmethod
     def of(cls, profile: HardwareProfile, path: str | os.PathLike[str], *, dtype: str, on_cpu: bool) -> Machine:
@@ -45,14 +59,17 @@ class Machine:
             nvme_to_host=choice.bytes_per_second if choice else None,
             flops=links.matmul.get(dtype) if measured_here else None,
             device_memory=links.host_read if on_cpu else links.device_memory,
+            host_read=links.host_read,
+            on_cpu=on_cpu,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """Seconds that each resource is busy in a pass; they are busy at the same time."""
+    """Seconds that each resource is busy in a pass: all at once, unless there is one slot, which computing holds."""
 
     busy: Mapping[str, float]
+    overlaps: bool = True
 
     @property
     def bottleneck(self) -> str:
@@ -62,31 +79,52 @@ class PassCost:
     @property
     def seconds(self) -> float:
         """How long the pass takes."""
-        return max(self.busy.values())
+        most = max(self.busy.values())
+        if self.overlaps:
+            return most
+        computing = self.busy[COMPUTING]
+        return computing + max(seconds for name, seconds in self.busy.items() if name != COMPUTING)
 
     def towards(self, other: PassCost, share: float) -> PassCost:
         """Return the cost that lies between this one (`share` 0) and another (1)."""
-        return PassCost({name: busy + share * (other.busy[name] - busy) for name, busy in self.busy.items()})
+        busy = {name: mine + share * (other.busy[name] - mine) for name, mine in self.busy.items()}
+        return PassCost(busy, self.overlaps)
 
 
-def pass_cost(plan: Plan, machine: Machine, *, flops: float, weight_nbytes: float) -> PassCost:
-    """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of weights to do so.
+def pass_cost(
+    plan: Plan,
+    machine: Machine,
+    *,
+    flops: float,
+    weight_nbytes: float,
+    num_calls: int = 0,
+    host_kv_nbytes: float = 0,
+) -> PassCost:
+    """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
-    Computing takes as long as its arithmetic or its reading, whichever is longer. Raises ProfileError when a rate that
-    the pass depends on has not been measured.
+    Computing takes as long as its arithmetic or its reading, whichever is longer. `num_calls` are the layers of all
+    micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, at what the link
+    leaves of its rate. Raises ProfileError when a rate that the pass depends on has not been measured.
     """
     computing = max(
         _seconds("arithmetic", flops, machine.flops),
         _seconds("the device's memory", weight_nbytes, machine.device_memory),
     )
     streamed = plan.host_nbytes + plan.nvme_nbytes
-    return PassCost(
-        {
-            COMPUTING: computing,
-            HOST_TO_DEVICE: _seconds("host to device", streamed, machine.host_to_device),
-            NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes, machine.nvme_to_host),
-        }
-    )
+    busy = {
+        COMPUTING: computing,
+        HOST_TO_DEVICE: _seconds("host to device", streamed, machine.host_to_device),
+        NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes, machine.nvme_to_host),
+    }
+    issuing = num_calls * machine.call_seconds
+    if machine.on_cpu:
+        busy[COMPUTING] += issuing
+    elif issuing:
+        busy[ISSUING] = issuing
+    if host_kv_nbytes:
+        reading = _seconds("host memory", host_kv_nbytes, machine.host_read)
+        busy[HOST_ATTENTION] = reading / BESIDE_THE_LINK if streamed else reading
+    return PassCost(busy, overlaps=plan.num_slots != 1)
 
 
 def _seconds(what: str, amount: float, rate: float | None) -> float:

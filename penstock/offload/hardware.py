@@ -39,7 +39,7 @@ class Links:
 
     `device` is "cpu" or a CUDA device's name. `both_directions` is the sum of both, at once. `device_memory` is what a
     copy on the device reads and writes. `read_and_copy` is disk → pinned memory → device, end to end. `host_copy`
-    counts each byte once. `matmul` is FLOP per second by dtype, on `device`.
+    counts each byte once. `matmul` is FLOP per second by dtype, on `device`. `device_memory_nbytes` is a GPU's size.
     """
 
     device: str
@@ -56,6 +56,7 @@ class Links:
     pin_seconds_per_gib: float | None
     matmul: dict[str, float]
     complete: bool
+    device_memory_nbytes: int | None = None
 
 
 UNKNOWN_LINKS = Links(

@@ -88,8 +88,14 @@ def _device(*, cuda: bool) -> dict[str, Any]:
     if not cuda:
         return {"device": "cpu", "device_pcie": None, "device_numa_node": None}
     number = torch.cuda.current_device()
-    pcie, node = _bus(torch.cuda.get_device_properties(number))
-    return {"device": torch.cuda.get_device_name(number), "device_pcie": pcie, "device_numa_node": node}
+    properties = torch.cuda.get_device_properties(number)
+    pcie, node = _bus(properties)
+    return {
+        "device": torch.cuda.get_device_name(number),
+        "device_pcie": pcie,
+        "device_numa_node": node,
+        "device_memory_nbytes": properties.total_memory,
+    }
 
 
 def _bus(properties: Any) -> tuple[PcieLink | None, int | None]:

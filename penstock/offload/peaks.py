@@ -18,6 +18,7 @@ from penstock.io.settings import ReadSettings
 from penstock.io.statistics import median
 from penstock.io.sweep import Deadline
 from penstock.io.window import Engine, run_window
+from penstock.offload.cost import Machine
 from penstock.offload.links import measure_links
 
 __all__ = ["DiskPeak", "Peaks", "measure_peaks"]
@@ -96,6 +97,16 @@ class Peaks:
     device_memory: float | None
     disk: DiskPeak
     matmul: dict[str, float] = field(default_factory=dict)
+
+    def machine(self, dtype: str) -> Machine:
+        """Return the rates that bound passes of a dtype."""
+        return Machine(
+            host_to_device=self.host_to_device,
+            nvme_to_host=self.disk.bytes_per_second,
+            flops=self.matmul.get(dtype),
+            device_memory=self.device_memory,
+            on_cpu=self.device == "cpu",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

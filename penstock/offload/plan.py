@@ -130,6 +130,15 @@ class Plan:
         """Return the indices of the layers that live in `tier`."""
         return tuple(index for index, where in enumerate(self.tiers) if where == tier)
 
+    def summary(self) -> str:
+        """Say in one line where the weights are."""
+        counts = {tier: len(self.layers_in(tier)) for tier in Tier}
+        return (
+            f"plan: of {len(self.tiers)} layers {counts[Tier.DEVICE]} on the device, {counts[Tier.HOST]} in host RAM, "
+            f"{counts[Tier.NVME]} on NVMe; {format_size(self.kv_nbytes)} for keys and values, up to "
+            f"{self.pass_tokens} tokens in a pass"
+        )
+
     def explain(self) -> str:
         """Say in a few lines where everything is."""
         counts = {tier: len(self.layers_in(tier)) for tier in Tier}

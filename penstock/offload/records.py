@@ -1,4 +1,7 @@
-"""Frozen dataclasses to JSON and back, strictly: every field, no other, each of the type that it is declared with."""
+"""Frozen dataclasses to JSON and back, strictly: each field of the type that it is declared with, and no other field.
+
+A field with a default may be missing, so that what was written before there was one can still be read.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,12 @@ def from_plain(kind: type[T], value: Any, *, path: str = "") -> T:
         raise RecordError(f"{path or 'the top level'}: wanted an object, got {_name(value)}")
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for fault, keys in (("missing", set(names) - set(value)), ("unknown", set(value) - set(names))):
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}  # type: ignore[arg-type]
+    for fault, keys in (("missing", needed - set(value)), ("unknown", set(value) - set(names))):
         if keys:
             raise RecordError(f"{path or 'the top level'}: {fault} field {sorted(map(str, keys))[0]!r}")
-    return kind(**{name: _typed(hints[name], value[name], f"{path}.{name}".lstrip(".")) for name in names})
+    there = [name for name in names if name in value]
+    return kind(**{name: _typed(hints[name], value[name], f"{path}.{name}".lstrip(".")) for name in there})
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:

@@ -322,7 +322,7 @@ def test_a_disk_that_fails_is_not_taken_for_the_output(tiny_llama, tmp_path, cap
         capsys, "--prompt", "x", "--device", "cpu", "--device-memory", "64MiB", "--output", tmp_path / "out.jsonl"
     )
     assert status == 1
-    assert err.startswith("penstock: ReadError: shard: cannot be read")
+    assert err.splitlines()[-1].startswith("penstock: ReadError: shard: cannot be read")
     assert list(tmp_path.iterdir()) == []
 
 

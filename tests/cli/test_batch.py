@@ -389,9 +389,9 @@ def test_a_signal_while_the_model_loads_ends_before_the_first_pass(batch, monkey
     batch.write([request(1)])
     load = job_module.open_llm
 
-    def signalled(*arguments):
+    def signalled(*arguments, **more):
         os.kill(os.getpid(), signal.SIGTERM)
-        return load(*arguments)
+        return load(*arguments, **more)
 
     monkeypatch.setattr(job_module, "open_llm", signalled)
     status, err = batch()

@@ -1,0 +1,256 @@
+"""What a model costs, told from config.json and safetensors headers alone: no torch, no transformers, no weights.
+
+A run measures the same by a rehearsal; this is for plans of models and machines that are not there. Bytes of weights,
+keys and values are exact, activations an upper estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.blueprints import BLUEPRINTS, DTYPE_NBYTES, Blueprint, Config, Part
+from penstock.engine.flops import ModelFlops, count
+from penstock.errors import ConfigError, MissingFileError, ModelError
+from penstock.io.checkpoint import Checkpoint
+from penstock.io.files import TensorEntry
+from penstock.offload.codec import CodecName, Coding, PackOptions
+from penstock.offload.layout import PARAMETER_ALIGNMENT
+from penstock.offload.manifest import CodedTensor, open_stored
+from penstock.offload.plan import ModelShape
+
+__all__ = ["SHAPES", "Anatomy", "Unit", "anatomy_of", "parameters_in", "shape_directory", "with_stored"]
+
+SHAPES = Path(__file__).parents[1] / "data" / "shapes"
+"""A directory with a config.json for each shape."""
+
+SAMPLER_NBYTES = {"cpu": 40, "cuda": 8 * 40}
+"""What choosing tokens takes, by device: bytes per entry of the vocabulary, of the rows that are sampled at once."""
+
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FLOATS = frozenset(_SAFETENSORS.values())
+_LEAST_CODED = 4096
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that come and go together. `wire_nbytes` rest and travel; a buffer holds `nbytes`."""
+
+    parts: tuple[Part, ...]
+    nbytes: int
+    wire_nbytes: int
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> Unit:
+        """Return a unit whose parameters travel as they are."""
+        known = tuple(parts)
+        nbytes = sum(_aligned(part.nbytes) for part in known)
+        return cls(known, nbytes, nbytes)
+
+    def coded(self, codec: CodecName, dtype: str, *, all_parts: bool) -> Unit:
+        """Return the unit packed: coded tensors travel, and are expanded beside what travelled."""
+        wire = decoded = 0
+        for part in self.parts:
+            nbytes = _coded_nbytes(part, codec, dtype, all_parts=all_parts)
+            wire += _aligned(nbytes or part.nbytes)
+            decoded += _aligned(part.nbytes) if nbytes else 0
+        return Unit(self.parts, wire + decoded, wire)
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """A model taken apart. `dtype` is a torch dtype's name; counts of elements are per token.
+
+    `state_nbytes` is what a sequence keeps whatever its length, besides two rows of logits.
+    """
+
+    name: str
+    family: str
+    dtype: str
+    vocab_size: int
+    context_length: int | None
+    flops: ModelFlops
+    resident: Unit
+    layers: tuple[Unit, ...]
+    kept_elements: int
+    working_elements: int
+    held_elements: int
+    state_nbytes: int = 0
+
+    def shape(self, *, on_cpu: bool) -> ModelShape:
+        """Return what planning asks for."""
+        size = DTYPE_NBYTES[self.dtype]
+        return ModelShape(
+            resident_nbytes=self.resident.nbytes,
+            fixed_nbytes=SAMPLER_NBYTES["cpu" if on_cpu else "cuda"] * self.vocab_size,
+            layer_nbytes=tuple(unit.nbytes for unit in self.layers),
+            wire_nbytes=tuple(unit.wire_nbytes for unit in self.layers),
+            workspace_nbytes=self.working_elements * size,
+            held_nbytes=self.held_elements * size,
+            kv_token_nbytes=self.kept_elements * size,
+            kv_sequence_nbytes=self.state_nbytes + 2 * self.vocab_size * size,
+            kept_nbytes=tuple(sum(_aligned(part.nbytes) for part in unit.parts) for unit in self.layers),
+        )
+
+    def coded(self, codec: CodecName) -> Anatomy | None:
+        """Return the model as `penstock pack` would store it; None where the codec has no code for its dtype."""
+        if codec == "exact" and self.dtype != "bfloat16":
+            return None
+        layers = tuple(unit.coded(codec, self.dtype, all_parts=codec == "exact") for unit in self.layers)
+        return replace(self, layers=layers)
+
+
+def with_stored(anatomy: Anatomy, directory: Path) -> Anatomy | None:
+    """Look at the headers of a directory's weights: packed or cast tensors travel as they are stored.
+
+    Returns the anatomy as it is where no weights are there, None where they are not the tensors that it tells of.
+    Raises CheckpointError for files that are damaged.
+    """
+    if not any(directory.glob("*.safetensors*")):
+        return anatomy
+    size = DTYPE_NBYTES[anatomy.dtype]
+    found: dict[int, _Stored] = defaultdict(_Stored)
+    for name, entry in open_stored(Checkpoint.open(directory)).tensors.items():
+        match = _IN_LAYER.search(name)
+        found[int(match[1]) if match else -1].add(entry, size)
+    units = (anatomy.resident, *anatomy.layers)
+    layers = []
+    for number, unit in enumerate(units, start=-1):
+        known, numbers = found[number], parameters_in([unit])
+        if abs(known.numbers - numbers) > numbers // 1000 and number >= 0:
+            return None
+        layers.append(Unit(unit.parts, known.nbytes, known.wire_nbytes) if known.decoded_nbytes else unit)
+    return replace(anatomy, resident=layers[0], layers=tuple(layers[1:]))
+
+
+class _Stored:
+    """The tensors of a unit, added up."""
+
+    def __init__(self) -> None:
+        self.numbers = self.wire_nbytes = self.decoded_nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.wire_nbytes + self.decoded_nbytes
+
+    @staticmethod
+    def _itemsize(name: str, itemsize: int) -> int:
+        """Return what a number takes on the device: the correction terms of routers are float32 there."""
+        return 4 if name.endswith("correction_bias") else itemsize
+
+    def add(self, entry: TensorEntry | CodedTensor, itemsize: int) -> None:
+        numbers = math.prod(entry.shape)
+        parts = entry.parts if isinstance(entry, CodedTensor) else (entry,)
+        self.numbers += numbers
+        self.wire_nbytes += sum(_aligned(part.nbytes) for part in parts)
+        if isinstance(entry, CodedTensor):
+            self.decoded_nbytes += _aligned(entry.coding.nbytes)
+        elif entry.dtype in _FLOATS and entry.nbytes != (wanted := numbers * self._itemsize(entry.name, itemsize)):
+            self.decoded_nbytes += _aligned(wanted)
+
+
+def shape_directory(name: str) -> Path:
+    """Return the directory of a shape. Raises ConfigError, with the names of all, where there is none."""
+    known = sorted(path.name for path in SHAPES.iterdir())
+    if name not in known:
+        raise ConfigError("no such shape", wanted=f"one of {', '.join(known)}", got=name)
+    return SHAPES / name
+
+
+def anatomy_of(directory: Path, *, dtype: str = "auto", layers: int | None = None) -> Anatomy | None:
+    """Take the model of a directory apart, by its config.json; None for a family without a blueprint.
+
+    A config that says that its weights are quantised is taken for what they were before: `with_stored` sees the rest.
+
+    `dtype` is "auto" or one to compute in, `layers` another depth. Raises ModelError and MissingFileError for a config
+    that cannot be read, ConfigError for a dtype that is none.
+    """
+    file = directory / "config.json"
+    raw = _read(file)
+    family = str(raw.get("model_type"))
+    blueprint = BLUEPRINTS.get(family)
+    if blueprint is None or raw.get("do_layer_norm_before") is False:
+        return None
+    if layers is not None:
+        raw |= {"num_hidden_layers": layers, "layer_types": (raw.get("layer_types") or [])[:layers] or None}
+    config = Config(raw, file=file)
+    if types := blueprint.layer_types(config):
+        config = Config(raw | {"layer_types": types}, file=file)
+    return _taken_apart(directory.name, family, blueprint, config, _dtype(dtype, raw))
+
+
+def _taken_apart(name: str, family: str, blueprint: Blueprint, config: Config, dtype: str) -> Anatomy:
+    size = DTYPE_NBYTES[dtype]
+    number = config.number("num_hidden_layers")
+    kinds: dict[tuple[Part, ...], Unit] = {}
+    layers = []
+    for index in range(number):
+        parts = blueprint.layer(config, index, size)
+        layers.append(kinds.setdefault(parts, Unit.of(parts)))
+    resident = Unit.of(blueprint.resident(config, size))
+    vocab_size = config.number("vocab_size")
+    flops = count(config, resident.parts, [unit.parts for unit in layers], vocab_size=vocab_size)
+    assert flops is not None, "a blueprint names its experts"
+    length = getattr(config, "max_position_embeddings", None)
+    return Anatomy(
+        name=name,
+        family=family,
+        dtype=dtype,
+        vocab_size=vocab_size,
+        context_length=length if type(length) is int else None,
+        flops=flops,
+        resident=resident,
+        layers=tuple(layers),
+        kept_elements=number * blueprint.kept(config),
+        working_elements=blueprint.at_work(config),
+        held_elements=blueprint.held(config),
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_bytes().decode())
+    except OSError as error:
+        fix = "Name the directory that holds config.json."
+        raise MissingFileError(f"cannot be read: {error.strerror}", file=file, fix=fix) from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"not JSON: {error}", file=file, fix="Download the file again.") from error
+    if not isinstance(raw, dict):
+        raise ModelError("not a model's config", file=file, wanted="an object", got=type(raw).__name__)
+    return raw
+
+
+def _dtype(asked: str, raw: dict[str, Any]) -> str:
+    """Resolve "auto" as a run does; a config that names none is taken for bfloat16, as nearly all are stored."""
+    named = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16") if asked == "auto" else asked
+    if named not in DTYPE_NBYTES:
+        raise ConfigError("not a dtype to compute in", wanted=", ".join(("auto", *DTYPE_NBYTES)), got=named)
+    return named
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
+
+
+def _coded_nbytes(part: Part, codec: CodecName, dtype: str, *, all_parts: bool) -> int | None:
+    """Return what a parameter takes when it is packed; None where it stays as it is."""
+    linear = len(part.shape) >= 2 and not any(word in part.name for word in ("bias", "norm", "router", ".gate."))
+    if part.nbytes < _LEAST_CODED or not (linear or all_parts) or part.itemsize != DTYPE_NBYTES[dtype]:
+        return None
+    options = PackOptions(codec).resolved()
+    coding = Coding(codec, _SAFETENSORS[dtype], part.shape, options.group_size, options.symmetric)
+    nbytes = sum(one.nbytes for one in coding.parts)
+    nbytes += coding.size // 100 if codec == "exact" else 0
+    return nbytes if nbytes < part.nbytes else None
+
+
+def parameters_in(units: Sequence[Unit]) -> int:
+    """Return how many numbers the parameters of units are."""
+    return sum(math.prod(part.shape) for unit in units for part in unit.parts)
