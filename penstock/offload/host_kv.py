@@ -219,6 +219,8 @@ class HostKV:
         """Block until all rows are stored. Raises what went wrong with any of them."""
         while self._storing:
             self.wait(self._storing.popleft()[0])
+        if self._last is not None and self._last.done():
+            self._last = None  # its result may be a view of the store
 
     def release(self, sequence: Hashable) -> None:
         """Give back a sequence's blocks, when nothing that was asked for before can touch them any more."""
@@ -233,6 +235,7 @@ class HostKV:
         if not self._closed:
             self._closed = True
             self._thread.shutdown(cancel_futures=True)
+            self._last = None
             self._storing.clear()
             self.store.close()
 
