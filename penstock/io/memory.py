@@ -9,6 +9,7 @@ ran at 0.37 of the rate into 2 MiB pages. The mapping must be private: for share
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import mmap
 import os
@@ -120,10 +121,10 @@ class HostMemory:
         # Dropped, not released: torch.frombuffer keeps the memoryview alive but does not count as an export of it, so
         # release() would succeed under a live tensor. As long as the object lives, the mapping refuses to close.
         self._view = None
-        try:
-            self._mapping.close()
-        except BufferError:
-            logger.warning("host memory of %d bytes was closed while views of it exist; they keep it", self.nbytes)
+        if not _unmap(self._mapping):
+            gc.collect()  # frames of errors that are over may hold views, in cycles
+            if not _unmap(self._mapping):
+                logger.warning("host memory of %d bytes was closed while views of it exist; they keep it", self.nbytes)
         del self._mapping
 
     def __enter__(self) -> Self:
@@ -133,6 +134,15 @@ class HostMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _unmap(mapping: mmap.mmap) -> bool:
+    """Give the pages back; False when there are views of them."""
+    try:
+        mapping.close()
+    except BufferError:
+        return False
+    return True
 
 
 def _check_budget(nbytes: int, resident: int) -> None:

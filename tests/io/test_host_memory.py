@@ -197,3 +197,12 @@ def test_a_refused_registration_leaves_no_error_behind(caplog):
         assert memory_module._pin(memory, memory.address, HUGE_PAGE) is None  # registered already
         assert "cudaHostRegister" in caplog.text
         assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+def test_views_in_cycles_that_nobody_has_are_let_go(caplog):
+    memory = HostMemory(HUGE_PAGE)
+    cycle = [memory.view[:100]]
+    cycle.append(cycle)
+    del cycle
+    memory.close()
+    assert not caplog.records
