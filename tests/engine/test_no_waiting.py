@@ -50,7 +50,7 @@ def test_passes_of_prefill_and_decode_never_wait(
 
     tiers = MemoryTiers(device="40MiB", host="4MiB" if hosted else 0, kv_host="4MiB" if hosted else 0)
     if hosted:
-        monkeypatch.setattr("penstock.engine.llm.make_plan", few_on_the_device)
+        monkeypatch.setattr("penstock.engine.planning.make_plan", few_on_the_device)
     options = {"micro_batch_tokens": micro_batch_tokens, "kv_dtype": kv_dtype, "kernel_directory": kernel_directory}
     with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", **options) as llm:
         first = llm.generate(prompts, params)

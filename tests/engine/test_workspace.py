@@ -44,7 +44,7 @@ def test_so_does_attention_over_keys_in_host_ram(tmp_path, monkeypatch, kernel_d
     def nothing_on_the_device(shape, *limits):
         return replace(make_plan(shape, *limits), kv_nbytes=2 * shape.kv_sequence_nbytes)
 
-    monkeypatch.setattr("penstock.engine.llm.make_plan", nothing_on_the_device)
+    monkeypatch.setattr("penstock.engine.planning.make_plan", nothing_on_the_device)
     save(tmp_path, "gemma2")
     tiers = MemoryTiers(device="32MiB", host="16MiB", kv_host="8MiB")
     with LLM(tmp_path, tiers=tiers, device="cpu", kernel_directory=kernel_directory) as llm:

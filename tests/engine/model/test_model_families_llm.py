@@ -63,7 +63,7 @@ def test_generated_tokens_are_those_of_transformers(
     minimum = smallest_budget(tmp_path, device)
     with LLM(tmp_path, tiers=MemoryTiers(device="1GiB", host=0), device=device, compile=False) as llm:
         whole = llm._kv._cost.of(max(map(len, PROMPTS)) + NUM_NEW)
-    monkeypatch.setattr("penstock.engine.llm.make_plan", in_two_slots)
+    monkeypatch.setattr("penstock.engine.planning.make_plan", in_two_slots)
     tiers = MemoryTiers(device=minimum + 4 * whole, host=0)
     with LLM(tmp_path, tiers=tiers, device=device, micro_batch_tokens=16, compile=False) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True))

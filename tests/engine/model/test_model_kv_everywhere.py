@@ -33,7 +33,7 @@ def few_on_the_device(shape, *limits):
 def test_hosted_sequences_have_the_tokens_of_others(name, kv_dtype, tmp_path, device, kernel_directory, monkeypatch):
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     wanted, _ = run(tmp_path, device, kv_dtype, MemoryTiers(device="40MiB", host=0))
-    monkeypatch.setattr("penstock.engine.llm.make_plan", few_on_the_device)
+    monkeypatch.setattr("penstock.engine.planning.make_plan", few_on_the_device)
     tiers = MemoryTiers(device="40MiB", host="4MiB", kv_host="256KiB")
     limits = {"micro_batch_tokens": 23, "pass_tokens": 37}
     found, report = run(tmp_path, device, kv_dtype, tiers, kernel_directory=kernel_directory, **limits)
