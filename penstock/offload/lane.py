@@ -175,8 +175,9 @@ class DiskLane:
         """Start to read a chunk, unless its fetch has failed already or the lane is closing."""
         if item.fetch.arrived.done():
             return
-        if self._closed:
-            raise ClosedError("the disk lane was closed before this unit was read")
+        if self._closed:  # not raised: a traceback would hold the fetch, and so its buffer, which goes back now
+            item.fetch.arrived.set_exception(ClosedError("the disk lane was closed before this unit was read"))
+            return
         region = self._ring.take()
         submitted = time.perf_counter()
         ticket = self._reader.submit(self._ring.reads(item.chunk, region))

@@ -1,5 +1,6 @@
 """What the weight stream does when reads fail, when a pass is interrupted, and when it is closed in the middle."""
 
+import gc
 import threading
 from contextlib import suppress
 
@@ -191,3 +192,22 @@ def test_closing_drops_what_is_only_queued(tiny_llama, model):
     assert len(errors) == 1
     assert len(reader.submitted) <= 4, "no more than the staging ring held"
     stream.close()
+
+
+def test_layers_that_are_on_their_way_when_the_stream_is_closed_hold_no_memory(tiny_llama, model, caplog):
+    reader = GatedReader()
+    gc.disable()  # what it would find in its time is too late
+    try:
+        stream = open_stream(tiny_llama, model, reader, num_slots=4)
+        stream.load()
+        stream.settle()
+        reader.gate.clear()
+        for index in range(4):
+            with stream.layer(index):
+                pass
+        closing = threading.Timer(0.05, reader.gate.set)
+        closing.start()
+        stream.close()
+    finally:
+        gc.enable()
+    assert [record.getMessage() for record in caplog.records] == []
