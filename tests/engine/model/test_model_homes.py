@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model import hosted
+from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
 from penstock.offload.kv import KVStore
 
@@ -78,7 +79,8 @@ def homes_of(known: Known, *, on_device: int, in_host: int, **limits: int) -> It
     llm = known.llm
     cost = replace(llm._kv_cost, block_tokens=SIZE)
     nbytes = on_device * cost.block_nbytes + 12 * cost.sequence_nbytes
-    store = KVStore(limit_nbytes=nbytes, cost=cost, device=llm._device)
+    windows = {layer.layer: layer.window for layer in llm._shape.kv_windows}
+    store = open_kv(limit_nbytes=nbytes, cost=cost, windows=windows, device=llm._device)
     with (
         pytest.MonkeyPatch.context() as patch,
         KVHomes(

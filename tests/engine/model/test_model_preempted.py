@@ -10,6 +10,7 @@ from tiny_models import make_config, save_checkpoint
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.expectation import Expectation
 from penstock.offload.groups import open_kv
+from penstock.offload.homes import KVHomes
 
 MODELS = ["llama", "gemma3_text", "lfm2"]
 """Full attention; windows of 5 tokens; short convolutions, whose states make prompts stay whole."""
@@ -61,8 +62,8 @@ def squeeze(llm, num_blocks):
         windows={layer.layer: layer.window for layer in llm._shape.kv_windows},
         device=llm._device,
     )
-    llm._kv.close()
-    llm._kv = kv
+    llm._homes.close()
+    llm._kv, llm._homes = kv, KVHomes(kv, cost=cost, device=llm._device)
 
 
 def cut(tokens, ends):
