@@ -114,7 +114,8 @@ def _measure(
     options: argparse.Namespace, workload: Workload, checkpoint: Checkpoint, progress: ProgressLine
 ) -> BenchReport:
     from penstock.engine import bench  # noqa: PLC0415
-    from penstock.engine import llm as engine  # noqa: PLC0415
+    from penstock.engine.budget import find_device  # noqa: PLC0415
+    from penstock.engine.llm import LLM  # noqa: PLC0415
 
     tiers = tiers_of(options)
     profile = stored_profile()
@@ -122,13 +123,13 @@ def _measure(
     trace = Trace() if options.trace else None
     peaks = bench.measure_peaks(
         max(checkpoint.files, key=lambda file: file.nbytes),
-        device=engine.find_device(options.device),
+        device=find_device(options.device),
         settings=settings,
         on_step=lambda step: progress.show(f"measuring {step}"),
     )
     asked = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
     asked["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
-    with engine.LLM(
+    with LLM(
         checkpoint.directory,
         tiers=tiers,
         device=options.device,

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
+from penstock.engine.budget import check_rehearsal_fits, find_device, limits_of, resolve
 from penstock.engine.executor import Executor
 from penstock.engine.flops import count_flops
 from penstock.engine.forecast import Forecast, Length, forecast
@@ -24,7 +25,7 @@ from penstock.engine.model.compile import LayerCompiler, why_not_compile
 from penstock.engine.model.tail import LOGIT_NBYTES
 from penstock.engine.model.tokenizer import end_token_ids, load_tokenizer
 from penstock.engine.outputs import RequestOutput, ScoreOutput
-from penstock.engine.planner import LIMITS, Objective
+from penstock.engine.planner import Objective
 from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
 from penstock.engine.rehearsal import call_seconds, rehearse, rehearse_compiled
@@ -39,14 +40,11 @@ from penstock.engine.startup import StartUp
 from penstock.errors import (
     BudgetError,
     ClosedError,
-    ConfigError,
-    DeviceError,
     MissingFileError,
     PenstockError,
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.limits import available_memory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
 from penstock.offload.cost import Machine
@@ -56,10 +54,10 @@ from penstock.offload.homes import KVHomes
 from penstock.offload.kv_dtype import check_kv_dtype
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, make_plan
 from penstock.offload.stream import WeightStream
-from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.tiers import MemoryTiers
 from penstock.offload.trace import Trace
 
-__all__ = ["LLM", "Prompt", "find_device"]
+__all__ = ["LLM", "Prompt"]
 
 R = TypeVar("R", Request, ScoreRequest)
 T = TypeVar("T")
@@ -119,7 +117,9 @@ class LLM:
         self._closed = False
         self._generation: Generation | None = None
         self._call_seconds = 0.0
-        limits = _limits(self._device, micro_batch_tokens, pass_tokens, device_layers)
+        asked = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
+        fixed = {name: value for name, value in asked.items() if value is not None}
+        limits = limits_of(self._device, fixed)
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
         self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
@@ -135,8 +135,8 @@ class LLM:
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
         budgets = MemoryTiers() if tiers is None or tiers == "auto" else tiers
-        known = _resolve(budgets, self._device, pretended=checkpoint.shares_bytes)
-        _check_rehearsal_fits(self._model, self._device)
+        known = resolve(budgets, self._device, pretended=checkpoint.shares_bytes)
+        check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = self._rehearse(known, limits, compile)
         if tiers == "auto":
@@ -145,8 +145,6 @@ class LLM:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
-        given = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
-        fixed = {name for name, value in given.items() if value is not None}
         self.plan, self._forecast, self._why = plan_run(
             self._shape,
             known,
@@ -158,48 +156,15 @@ class LLM:
             splits_prompts=self._model.splits_prompts,
             objective=objective,
         )
-        for what, asked, fits in (
-            ("micro-batches", micro_batch_tokens, self.plan.micro_batch_tokens),
-            ("passes", pass_tokens, self.plan.pass_tokens),
-        ):
-            if asked is not None and fits < asked:
-                logger.warning("%s of %d tokens do not fit the budget, %d do", what, asked, fits)
-        self._kv = open_kv(
-            limit_nbytes=self.plan.kv_nbytes,
-            cost=self._kv_cost,
-            windows={layer.layer: layer.window for layer in self._shape.kv_windows},
-            device=self._device,
-            kv_dtype=kv_dtype,
-        )
+        for name, what in (("micro_batch_tokens", "micro-batches"), ("pass_tokens", "passes")):
+            fits = getattr(self.plan, name)
+            if fits < fixed.get(name, 0):
+                logger.warning("%s of %d tokens do not fit the budget, %d do", what, fixed[name], fits)
         with ExitStack() as cleanup:
-            self._homes = cleanup.enter_context(
-                KVHomes(
-                    self._kv,
-                    cost=self._kv_cost,
-                    host_nbytes=self.plan.kv_host_nbytes,
-                    device=self._device,
-                    kv_dtype=kv_dtype,
-                    kernel_directory=kernel_directory,
-                    trace=trace,
-                )
-            )
-            self._executor.parked_tokens = self.plan.micro_batch_tokens
-            self._weights = cleanup.enter_context(
-                WeightStream(
-                    self.plan,
-                    checkpoint=checkpoint,
-                    resident=self._model.resident,
-                    layers=self._model.layer_layouts,
-                    device=self._device,
-                    settings=self._io,
-                    trace=trace,
-                    checks=self._model.checks,
-                )
-            )
+            self._open(checkpoint, kernel_directory, trace, cleanup)
             self._start_up.end("memory")
             cleanup.callback(self._model.unbind)
             self._bind()
-            self._executor.traced = self._weights.traced if trace else None
             self._weights.load(on_load)
             self._start_up.end("weights")
             self._exit = cleanup.pop_all()
@@ -255,6 +220,30 @@ class LLM:
     def _kv_cost(self) -> KVCost:
         return self._shape.kv_cost
 
+    def _open(
+        self, checkpoint: Checkpoint, kernel_directory: Path | None, trace: Trace | None, cleanup: ExitStack
+    ) -> None:
+        """Take all memory that the plan says."""
+        options: dict[str, Any] = {"cost": self._kv_cost, "device": self._device, "kv_dtype": self._kv_dtype}
+        windows = {layer.layer: layer.window for layer in self._shape.kv_windows}
+        self._kv = open_kv(limit_nbytes=self.plan.kv_nbytes, windows=windows, **options)
+        options |= {"host_nbytes": self.plan.kv_host_nbytes, "kernel_directory": kernel_directory, "trace": trace}
+        self._homes = cleanup.enter_context(KVHomes(self._kv, **options))
+        self._weights = cleanup.enter_context(
+            WeightStream(
+                self.plan,
+                checkpoint=checkpoint,
+                resident=self._model.resident,
+                layers=self._model.layer_layouts,
+                device=self._device,
+                settings=self._io,
+                trace=trace,
+                checks=self._model.checks,
+            )
+        )
+        self._executor.parked_tokens = self.plan.micro_batch_tokens
+        self._executor.traced = self._weights.traced if trace else None
+
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
         for index in range(len(self._model.layers)):
@@ -276,6 +265,10 @@ class LLM:
     def kv_token_nbytes(self) -> int:
         """Bytes that a token's keys and values take in all layers together."""
         return self._shape.kv_token_nbytes
+
+    def sequences_at_once(self, num_tokens: int) -> int:
+        """Return how many sequences of so many tokens, prompt and completion, have room at the same time."""
+        return self._homes.at_once(num_tokens)
 
     @property
     def context_length(self) -> int | None:
@@ -494,68 +487,3 @@ def _find_tokenizer(path: Path) -> Any | None:
     except MissingFileError as error:
         logger.info("%s", error)
         return None
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" takes a GPU where there is one. Raises DeviceError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info("device %s: torch %s", name, "sees a GPU" if name == "cuda" else "sees no GPU")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError("not a device", wanted="auto, cpu, cuda or cuda:N", got=name) from None
-    if device.type not in LIMITS:
-        raise DeviceError("a device that Penstock does not run on", wanted="cpu or cuda", got=name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise DeviceError("this machine has no such GPU", wanted=f"one of {torch.cuda.device_count()}", got=name)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _check_rehearsal_fits(model: StreamedModel, device: torch.device) -> None:
-    """Refuse a model of which not even one layer and the resident unit fit, before anything is allocated."""
-    needed = model.resident.nbytes + max(layout.nbytes for layout in model.layer_layouts)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if needed > free:
-        raise BudgetError(
-            "one layer plus the resident unit are more than the device has",
-            wanted=f"more than {format_size(needed)}",
-            got=f"{format_size(free)} free",
-            fix="Use a device with more memory, or --dtype bfloat16 where the checkpoint is wider.",
-        )
-
-
-def _limits(device: torch.device, *asked: int | None) -> PassLimits:
-    """Return the device's limits, with tokens per micro-batch and pass and layers on the device that were asked for."""
-    names = ("micro_batch_tokens", "pass_tokens", "device_layers")
-    wanted = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
-    for name, value in wanted.items():
-        least = 0 if name == "device_layers" else 1
-        if value < least:
-            raise ConfigError(f"{name} is out of range", wanted=f"at least {least}", got=value)
-    return replace(LIMITS[device.type], **wanted)
-
-
-def _resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> MemoryTiers:
-    """Fill in what the caller left open, and refuse what is not there.
-
-    A pretended host budget, of a checkpoint whose layers share bytes, may be any: what is really taken is less, and
-    checked when it is allocated.
-    """
-    host = available_memory()
-    on_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_cuda else host
-    wanted = tiers.device if tiers.device is not None else free * 9 // 10 if on_cuda else free // 2
-    left = host if on_cuda else max(host - wanted, 0)
-    host_wanted = tiers.host if tiers.host is not None else left * 8 // 10
-    for name, asked, there in (("device", wanted, free), ("host", host_wanted, left)):
-        if asked > there and not (pretended and name == "host"):
-            raise BudgetError(
-                f"the {name} memory budget is more than what is free",
-                wanted=format_size(asked),
-                got=f"{format_size(there)} free",
-                fix=f"Lower the {name} memory.",
-            )
-    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme, kv_host=tiers.kv_host)

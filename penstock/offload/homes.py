@@ -132,6 +132,11 @@ class KVHomes:
                     fix="Give one of them more memory, or ask for fewer tokens.",
                 ) from None
 
+    def at_once(self, num_tokens: int) -> int:
+        """Return how many sequences of so many tokens have room at the same time."""
+        count = self._device.at_once(num_tokens, num_elsewhere=self._elsewhere([num_tokens]))
+        return count if self._host is None else count + self._host.store.at_once(num_tokens)
+
     def acquire(self, sequence: Hashable, *, num_tokens: int, most: int = 0) -> None:
         """Reserve room for a sequence of `num_tokens` tokens, and later up to `most`; `fits` has said yes to both."""
         home = self._find(num_tokens, most)
