@@ -124,12 +124,14 @@ class Scheduler:
         """Choose the next pass; an empty one when nothing is left."""
         self._grow()
         packer = _Packers(self._room, self._micro_batch_tokens, splits=self._splits_prompts)
+        longer = []
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed == 1:
                 packer.add(Span(sequence.number, sequence.num_computed, 1))
-        for sequence in self._running.values():
-            if sequence.num_tokens - sequence.num_computed > 1:
-                self._prefill(sequence, packer)
+            else:
+                longer.append(sequence)
+        for sequence in longer:
+            self._prefill(sequence, packer)
         self._start(packer)
         return Schedule(packer.finish())
 
@@ -281,7 +283,11 @@ class _Packer:
             if free <= 0 or (span.length > free and not self._splits and self._open):
                 self._close()
                 continue
-            length = min(span.length, free) if self._splits else span.length
+            if span.length <= free or not self._splits:
+                self._open.append(span)
+                self._open_tokens += span.length
+                return
+            length = free
             self._open.append(Span(span.sequence, span.start, length))
             self._open_tokens += length
             span = Span(span.sequence, span.start + length, span.length - length)

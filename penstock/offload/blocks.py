@@ -65,6 +65,11 @@ class KVCost:
         blocks = (part.block_nbytes * part.blocks_of(num_tokens) for part in self.parts().values())
         return self.sequence_nbytes + sum(blocks)
 
+    def seen_nbytes(self, num_tokens: int) -> int:
+        """Bytes that attention of one new token reads, which sees `num_tokens` tokens with itself."""
+        beyond = sum(nbytes * max(num_tokens - window, 0) for window, nbytes in self.windows)
+        return self.token_nbytes * num_tokens - beyond
+
     def check(self, nbytes: int, num_tokens: int, what: str) -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens needs more than `nbytes` bytes."""
         if self.of(num_tokens) > nbytes:
