@@ -109,12 +109,6 @@ class _Store:
         self._held: dict[Hashable, int] = {}
         self._known: dict[int, int] = {}  # the same lengths come again and again
 
-    def __contains__(self, sequence: Hashable) -> bool:
-        return sequence in self._held
-
-    def __len__(self) -> int:
-        return len(self._held)
-
     def _nbytes(self, num_tokens: int) -> int:
         if num_tokens not in self._known:
             self._known[num_tokens] = self._cost.of(num_tokens) - self._cost.sequence_nbytes
@@ -154,18 +148,21 @@ class _Homes:
         self._host_nbytes = num_blocks * cost.block_nbytes
         mean = sum(map(self._host_cost.blocks_of, lengths)) / len(lengths)
         self._besides = cost.besides(plan.kv_nbytes, lengths, num_elsewhere=int(num_blocks / max(mean, 1)))
-        self._device = _Store(plan.kv_nbytes - self._besides, cost)
-        self._host = _Store(self._host_nbytes, self._host_cost)
+        self._stores = {
+            Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost),
+            Tier.HOST: _Store(self._host_nbytes, self._host_cost),
+        }
+        self._homes: dict[Hashable, Tier] = {}
 
     def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
         pass
 
     def _find(self, num_tokens: int, most: int) -> Tier | None:
-        if (len(self._device) + len(self._host) + 1) * self._cost.sequence_nbytes > self._besides:
+        if (len(self._homes) + 1) * self._cost.sequence_nbytes > self._besides:
             return None
-        if self._device.fits(num_tokens) and self._cost.of(most) <= self._limit:
+        if self._stores[Tier.DEVICE].fits(num_tokens) and self._cost.of(most) <= self._limit:
             return Tier.DEVICE
-        if self._host.fits(num_tokens) and self._host_cost.of(most) <= self._host_nbytes:
+        if self._stores[Tier.HOST].fits(num_tokens) and self._host_cost.of(most) <= self._host_nbytes:
             return Tier.HOST
         return None
 
@@ -177,20 +174,19 @@ class _Homes:
             self._cost.check(self._limit, num_tokens, what)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:
-        store = self._device if self._find(num_tokens, most) is Tier.DEVICE else self._host
-        store.acquire(sequence, num_tokens=num_tokens)
-
-    def _store_of(self, sequence: Hashable) -> _Store:
-        return self._host if sequence in self._host else self._device
+        home = self._find(num_tokens, most)
+        assert home is not None, "sequences start only when they fit"
+        self._stores[home].acquire(sequence, num_tokens=num_tokens)
+        self._homes[sequence] = home
 
     def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
-        return self._store_of(sequence).extend(sequence, num_tokens=num_tokens)
+        return self._stores[self._homes[sequence]].extend(sequence, num_tokens=num_tokens)
 
     def home_of(self, sequence: Hashable) -> Tier:
-        return Tier.HOST if sequence in self._host else Tier.DEVICE
+        return self._homes[sequence]
 
     def release(self, sequence: Hashable) -> None:
-        self._store_of(sequence).release(sequence)
+        self._stores[self._homes.pop(sequence)].release(sequence)
 
 
 def forecast(
@@ -281,15 +277,16 @@ class _Tally:
             cost = self._cost_of(schedule.micro_batches, rows=len(ready))
             self._add(cost, generated=len(ready))
             self._append(scheduler, ready, 1)
-            if schedule.num_tokens == len(ready) == len(scheduler.running):
+            if len(ready) == len(scheduler.running) == schedule.num_tokens:
                 self._skip(scheduler, schedule.micro_batches, cost)
         return self._forecast()
 
     def _append(self, scheduler: Scheduler, sequences: Iterable[Sequence], count: int) -> None:
         for sequence in sequences:
             sequence.output_ids += [0] * count
-            sequence.num_computed = sequence.num_tokens - 1
-            if sequence.num_tokens == sequence.capacity:
+            num_tokens = sequence.num_tokens
+            sequence.num_computed = num_tokens - 1
+            if num_tokens == sequence.capacity:
                 scheduler.finish(sequence)
                 self._ended += 1
                 self._ended_seconds += self._seconds[-1]

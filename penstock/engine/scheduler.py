@@ -221,8 +221,8 @@ class Scheduler:
         for spans in schedule.micro_batches:
             for span in spans:
                 sequence = self._running[span.sequence]
-                sequence.num_computed = span.end
-                if span.end == sequence.num_tokens:
+                sequence.num_computed = end = span.end
+                if end == sequence.num_tokens:
                     ready.append(sequence)
         return ready
 

@@ -55,13 +55,15 @@ class KVCost:
     def blocks_of(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take, where all layers share them."""
         blocks = -(-num_tokens // self.block_tokens)
-        if self.window is None:
-            assert not self.windows, "layers of different windows have blocks of their own"
+        if not self.windows:
             return blocks
+        assert self.window is not None, "layers of different windows have blocks of their own"
         return min(blocks, -(-(self.window - 1) // self.block_tokens) + 1)
 
     def of(self, num_tokens: int) -> int:
         """Bytes that a sequence of `num_tokens` tokens needs."""
+        if not self.windows:
+            return self.sequence_nbytes + self.block_nbytes * self.blocks_of(num_tokens)
         blocks = (part.block_nbytes * part.blocks_of(num_tokens) for part in self.parts().values())
         return self.sequence_nbytes + sum(blocks)
 

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_answered_with_what_does(capsys):
     [
         ([], "ConfigError: plan needs a model or a shape"),
         (["here", "--shape", "tiny"], "ConfigError: plan needs a model or a shape"),
-        (["--shape", "llama-5"], "ConfigError: no such shape: wanted one of deepseek-v3, gpt-oss-120b"),
+        (["--shape", "llama-5"], "ConfigError: no such shape: wanted one of deepseek-v3, deepseek-v3-fp8"),
         (["--shape", "tiny", "--hardware", "abacus"], "ConfigError: no such machine"),
         (["--shape", "tiny", "--hardware", "h200", "--requests", "0"], "ConfigError: --requests"),
         (["--shape", "tiny", "--hardware", "h200", "--gen-len", "9000"], "exceeds the model's context"),

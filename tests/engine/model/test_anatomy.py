@@ -32,7 +32,7 @@ NAMES = sorted(os.listdir(SHAPES))
 def built(directory):
     """Return the parameters of the units of transformers' own module, by number, the resident unit under -1."""
     config = load_config(directory)
-    made = outline(config, directory, dtype="auto", tensors={})
+    made = outline(config, directory, dtype="auto")
     dtypes = parameter_dtypes(made.module, made.dtype)
     units = defaultdict(list)
     for name, tensor in made.module.state_dict().items():
