@@ -130,17 +130,23 @@ def test_passes_that_are_alike_are_not_made_one_by_one(lengths):
     assert skipping.seconds == pytest.approx(plodding.seconds)
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([0, 30]),
     st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
 )  # fmt: skip
-def test_its_homes_take_what_the_real_ones_take(lengths, device, host, besides, windows):
+def test_its_homes_take_what_the_real_ones_take(kernels, lengths, device, host, besides, windows):
     cost = KVCost(10, besides, 4, windows)
     ends = [one.prompt + one.generated for one in lengths]
     plan = make_plan_of(kv_nbytes=device, kv_host_nbytes=host)
     numbers = {layer: window for layer, (window, _) in enumerate(windows)}
-    with KVHomes(open_kv(limit_nbytes=device, cost=cost, windows=numbers), cost=cost, host_nbytes=host) as real:
+    store = open_kv(limit_nbytes=device, cost=cost, windows=numbers)
+    with KVHomes(store, cost=cost, host_nbytes=host, kernel_directory=kernels) as real:
         real.prepare(ends)
         room = module._Homes(plan, cost, ends)
         for number, length in enumerate(ends):
@@ -189,10 +195,10 @@ def test_it_makes_the_passes_that_the_engine_makes(llm, lengths):
     assert found.generated_tokens == run.generated_tokens
 
 
-def test_it_makes_the_passes_that_two_homes_make(tiny_llama):
+def test_it_makes_the_passes_that_two_homes_make(tiny_llama, kernels):
     lengths = [Length(5 + 7 * number % 30, 3 + number % 5) for number in range(14)]
     tiers = MemoryTiers(device="520KiB", host="400KiB", kv_host="150KiB")
-    with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16) as llm:
+    with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16, kernel_directory=kernels) as llm:
         params = [SamplingParams(max_tokens=one.generated, temperature=0.0, ignore_eos=True) for one in lengths]
         llm.generate([[7] * one.prompt for one in lengths], params)
         found = llm.foresee(replace(MACHINE, host_read=1e9), lengths)
