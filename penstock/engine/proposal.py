@@ -98,10 +98,14 @@ def budgets_of(
     wanted = usual if said.device is None else said.device
     left = max(hardware.host_nbytes - wanted, 0) if hardware.on_cpu else hardware.host_nbytes
     tiers = replace(said, device=wanted, host=left * 8 // 10 if said.host is None else said.host)
-    for name, asked, there in (("device", wanted, whole), ("host", tiers.host or 0, left)):
+    for name, asked, there in (
+        ("device", wanted, whole),
+        ("host", tiers.host or 0, left),
+        ("keys' and values' host", tiers.kv_host or 0, tiers.host),
+    ):
         if there is not None and asked > there:
             raise BudgetError(
-                f"the {name} memory budget is more than the machine has",
+                f"the {name} memory budget is more than there is for it",
                 wanted=format_size(asked),
                 got=format_size(there),
                 fix=f"Lower the {name} memory, or describe another machine.",

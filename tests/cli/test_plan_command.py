@@ -44,6 +44,7 @@ def test_a_plan_for_programs(capsys):
 def test_keys_and_values_in_host_ram(capsys):
     """They are shown with their bytes and their seconds, and a size that was given stays."""
     arguments = ("--shape", "llama-3-8b", "--hardware", "a6000", "--device-memory", "6GiB", "--prompt-len", "2048")
+    arguments += ("--requests", "40")
     status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert "128.00 KiB a token, attended to there" in out
@@ -91,12 +92,15 @@ def test_what_does_not_fit_is_answered_with_what_does(capsys):
         (["--shape", "tiny", "--hardware", "abacus"], "ConfigError: no such machine"),
         (["--shape", "tiny", "--hardware", "h200", "--requests", "0"], "ConfigError: --requests"),
         (["--shape", "tiny", "--hardware", "h200", "--gen-len", "9000"], "exceeds the model's context"),
-        (["--shape", "tiny", "--hardware", "h200", "--device-memory", "1TiB"], "more than the machine has"),
+        (["--shape", "tiny", "--hardware", "h200", "--device-memory", "1TiB"], "more than there is for it"),
         (["--shape", "tiny", "--hardware", "h200", "--dtype", "int3"], "not a dtype"),
         (["--shape", "opt-30b", "--hardware", "h200", "--codec", "exact"], "cannot be packed so"),
         (["--shape", "kimi-k2-fp8", "--hardware", "h200", "--codec", "int4"], "quantised with fp8 cannot be packed"),
         (["--shape", "tiny", "--hardware", "h200", "--kv-dtype", "int3"], "not a dtype of keys and values"),
-        (["--shape", "tiny", "--hardware", "h200", "--kv-host-memory", "200GB"], "more than the host memory budget"),
+        (
+            ["--shape", "tiny", "--hardware", "h200", "--kv-host-memory", "200GB"],
+            "values' host memory budget is more than there is",
+        ),
         (["/nowhere", "--hardware", "h200"], "MissingFileError: /nowhere/config.json"),
     ],
 )

@@ -43,8 +43,8 @@ def test_host_ram_takes_the_keys_of_those_that_the_device_has_no_room_for(
     tiny_llama, hardware, tmp_path, kv_host, is_used
 ):
     """By forecast, unless the caller has said how much; tokens are the same."""
-    prompts, params = [[5, 6, 7 + number] * 20 for number in range(24)], SamplingParams(max_tokens=12, ignore_eos=True)
-    expects = [Length(60, 12)] * 24
+    prompts, params = [[5, 6, 7 + number] * 20 for number in range(20)], SamplingParams(max_tokens=12, ignore_eos=True)
+    expects = [Length(60, 12)] * 20
     tiers = MemoryTiers(device="580KiB", host="8MiB", kv_host=kv_host)
     with LLM(tiny_llama, device="cpu", tiers=MemoryTiers(device="2MiB", host="8MiB")) as llm:
         wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]

@@ -117,7 +117,7 @@ def test_budgets_are_the_shares_that_a_run_takes():
     said = budgets_of(gpu, device="1GiB", host="2GiB", nvme="0", kv_host="1GiB")
     assert (said.nvme, said.kv_host) == (0, GIB)
     for more in ({"device": "49GiB"}, {"host": "129GB"}):
-        with pytest.raises(BudgetError, match="more than the machine has"):
+        with pytest.raises(BudgetError, match="more than there is for it"):
             budgets_of(gpu, **more)
     with pytest.raises(BudgetError, match="is not known"):
         budgets_of(replace(gpu, device_nbytes=None))
