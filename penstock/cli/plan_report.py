@@ -34,9 +34,10 @@ def _title(question: Question) -> str:
     stored = anatomy.resident.nbytes + sum(unit.wire_nbytes for unit in anatomy.layers)
     expert = anatomy.flops
     active = "" if not expert.expert_nbytes else f", of which a token meets {expert.per_token // 2:,} in the layers"
+    quantised = f", quantised with {anatomy.quantised}" if anatomy.quantised else ""
     return (
         f"{anatomy.name}: {number:,} parameters{active}; {format_size(stored)} of weights, "
-        f"{anatomy.dtype}\non {hardware.title}\n({hardware.source})"
+        f"{anatomy.dtype}{quantised}\non {hardware.title}\n({hardware.source})"
     )
 
 

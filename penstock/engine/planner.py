@@ -216,7 +216,10 @@ class _Search:
         return found
 
     def neighbours(self, best: Choice, free: Collection[str]) -> Iterator[PassLimits]:
-        """Yield limits that differ in one thing or two from those of a plan."""
+        """Yield limits that differ in one thing or two from those of a plan.
+
+        Keys and values stay on the device where all layers do: little would hide what attention in host RAM takes.
+        """
         yield from _neighbours(best, free, self.usual_slots)
         left = (self._tiers.host or 0) - best.plan.host_nbytes
         if "kv_host_share" in free and best.plan.num_slots:

@@ -250,12 +250,10 @@ class _Packers:
     def __init__(self, room: Room, micro_batch_tokens: int, *, splits: bool) -> None:
         self._room = room
         self._packers = {kind: _Packer(micro_batch_tokens, splits=splits) for kind in ("hosted", "hosted prompts", "")}
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(packer.num_tokens for packer in self._packers.values())
+        self.num_tokens = 0
 
     def add(self, span: Span) -> None:
+        self.num_tokens += span.length
         kind = ""
         if self._room.home_of(span.sequence) is Tier.HOST:
             kind = "hosted" if span.length == 1 else "hosted prompts"
@@ -274,10 +272,8 @@ class _Packer:
         self._full: list[tuple[Span, ...]] = []
         self._open: list[Span] = []
         self._open_tokens = 0
-        self.num_tokens = 0
 
     def add(self, span: Span) -> None:
-        self.num_tokens += span.length
         while span.length:
             free = self._limit - self._open_tokens
             if free <= 0 or (span.length > free and not self._splits and self._open):

@@ -62,6 +62,7 @@ def test_windows_and_what_keys_and_values_rest_as(capsys, kv_dtype, nbytes):
     status, out, _ = run(capsys, *arguments)
     assert status == 0
     assert "of them only in a window" in out
+    assert "bfloat16, quantised with mxfp4" in out
     made = json.loads(run(capsys, *arguments, "--json")[1])["model"]
     assert (made["quantised"], made["kv_dtype"]) == ("mxfp4", kv_dtype)
     assert made["kv_bytes_per_token"] == 36 * 16 * nbytes

@@ -253,6 +253,17 @@ def test_a_family_without_a_blueprint_is_built_and_run_once(tmp_path):
     assert shape.kv_token_nbytes == 4 * 4 * 2 * 64
 
 
+@pytest.mark.parametrize(("name", "kv_dtype"), [("gpt_neo", "auto"), ("gpt_neo", "int8"), ("qwen3_next", "int4")])
+def test_what_is_built_and_run_once_keeps_what_a_rehearsal_measures(tmp_path, name, kv_dtype):
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
+    model = load_model(tmp_path)
+    wanted = rehearse(model, Executor(model.layers), sampler_nbytes=0, kv_dtype=kv_dtype)
+    found = dissect(tmp_path, kv_dtype=kv_dtype).shape(on_cpu=True)
+    for field in ("kv_cost", "kv_windows", "kv_dtype", "kept_nbytes", "layer_nbytes"):
+        assert getattr(found, field) == getattr(wanted, field), field
+    assert wanted.workspace_nbytes <= found.workspace_nbytes <= wanted.workspace_nbytes + 4
+
+
 def test_weights_of_another_model_are_not_believed(tmp_path):
     save_checkpoint(make_config(FAMILIES["llama"], "llama"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
