@@ -33,7 +33,7 @@ def add_memory(parser: Any) -> Any:
         "--kv-host-memory",
         metavar="SIZE",
         help="the part of the host budget for keys and values of further sequences, whose attention is computed there "
-        "(default: none)",
+        "(default: what is forecast to be best, where that is known; else none)",
     )
     memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
     memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")

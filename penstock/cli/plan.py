@@ -37,6 +37,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--shape", metavar="NAME", help="a model that Penstock knows the shape of, such as llama-3-70b")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: the config's)")
     parser.add_argument(
+        "--kv-dtype", default="auto", help="what keys and values rest as: auto, bf16, fp8, int8, int4 (default: auto)"
+    )
+    parser.add_argument(
         "--codec", choices=("exact", "int8", "int4"), help="plan for weights that `penstock pack` has made smaller"
     )
     work = parser.add_argument_group("work")
@@ -57,6 +60,11 @@ def add_to(commands: Any) -> None:
     )
     machine.add_argument("--device-memory", metavar="SIZE", help="budget on the device (default: 9/10 of it)")
     machine.add_argument("--host-memory", metavar="SIZE", help="budget of host RAM for layers (default: 8/10 of it)")
+    machine.add_argument(
+        "--kv-host-memory",
+        metavar="SIZE",
+        help="the part of the host budget for keys and values whose attention is computed there (default: the best)",
+    )
     machine.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
     parser.add_argument("--json", action="store_true", help="print nothing but one JSON object")
 
@@ -71,7 +79,13 @@ def run(options: argparse.Namespace) -> int:
 
     anatomy = _anatomy(options)
     hardware = _hardware(options)
-    tiers = budgets_of(hardware, device=options.device_memory, host=options.host_memory, nvme=options.nvme)
+    tiers = budgets_of(
+        hardware,
+        device=options.device_memory,
+        host=options.host_memory,
+        nvme=options.nvme,
+        kv_host=options.kv_host_memory,
+    )
     question = Question(anatomy, hardware, tiers, lengths, options.objective)
     _check_context(question)
     try:
@@ -106,20 +120,19 @@ def _anatomy(options: argparse.Namespace) -> Anatomy:
     from penstock.engine.anatomy import anatomy_of, shape_directory, with_stored  # noqa: PLC0415
 
     directory = Path(options.model) if options.shape is None else shape_directory(options.shape)
-    made = anatomy_of(directory, dtype=options.dtype)
+    made = anatomy_of(directory, dtype=options.dtype, kv_dtype=options.kv_dtype)
     if made is not None:
         made = with_stored(made, directory)
     if made is None:
-        made = _built(directory, options.dtype)
+        made = _built(directory, options.dtype, options.kv_dtype)
     if options.codec:
-        coded = made.coded(options.codec)
-        if coded is None:
-            raise ConfigError(f"{made.dtype} weights cannot be packed so", got=f"--codec {options.codec}")
-        return coded
+        if reason := made.why_not_coded(options.codec):
+            raise ConfigError(reason, got=f"--codec {options.codec}")
+        return made.coded(options.codec)
     return made
 
 
-def _built(directory: Path, dtype: str) -> Anatomy:
+def _built(directory: Path, dtype: str, kv_dtype: str) -> Anatomy:
     """Let transformers build a model that no blueprint describes, and run it once over zeros."""
     if not any(directory.glob("*.safetensors*")):
         raise UnknownArchitectureError(
@@ -129,7 +142,7 @@ def _built(directory: Path, dtype: str) -> Anatomy:
     print("penstock: no blueprint of this family: importing torch to build it without weights", file=sys.stderr)
     from penstock.engine.rehearsal import dissect  # noqa: PLC0415 - torch
 
-    return dissect(directory, dtype=dtype)
+    return dissect(directory, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def _hardware(options: argparse.Namespace) -> Hardware:

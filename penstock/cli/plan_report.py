@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from penstock.engine.anatomy import parameters_in
@@ -9,12 +10,15 @@ from penstock.engine.forecast import Forecast
 from penstock.engine.planner import Choice
 from penstock.engine.proposal import Nearest, Question, WhatIf
 from penstock.errors import BudgetError
+from penstock.offload.cost import HOST_ATTENTION
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
 __all__ = ["as_dict", "explain", "refusal", "refusal_as_dict"]
 
 _BAR = 32
+_NAMES = {HOST_ATTENTION: "attention in host RAM"}
+"""What resources are called where underscores as spaces would not say it."""
 
 
 def explain(question: Question, chosen: Choice, changes: list[WhatIf]) -> str:
@@ -30,22 +34,27 @@ def _title(question: Question) -> str:
     stored = anatomy.resident.nbytes + sum(unit.wire_nbytes for unit in anatomy.layers)
     expert = anatomy.flops
     active = "" if not expert.expert_nbytes else f", of which a token meets {expert.per_token // 2:,} in the layers"
+    quantised = f", quantised with {anatomy.quantised}" if anatomy.quantised else ""
     return (
         f"{anatomy.name}: {number:,} parameters{active}; {format_size(stored)} of weights, "
-        f"{anatomy.dtype}\non {hardware.title}\n({hardware.source})"
+        f"{anatomy.dtype}{quantised}\non {hardware.title}\n({hardware.source})"
     )
 
 
 def _places(question: Question, plan: Plan) -> str:
     """Say where every byte is."""
     counts = {tier: len(plan.layers_in(tier)) for tier in Tier}
-    token = question.anatomy.shape(on_cpu=question.hardware.on_cpu).kv_token_nbytes
+    shape = question.anatomy.shape(on_cpu=question.hardware.on_cpu)
+    token = f"{format_size(shape.kv_token_nbytes)} a token"
+    token += "" if plan.kv_dtype == "auto" else f", as {plan.kv_dtype}"
+    windows = sum(layer.token_nbytes for layer in shape.kv_windows)
+    here = f"{token}, {format_size(windows)} of them only in a window" if windows else token
     slots = plan.num_slots * plan.slot_nbytes
     rows = [
         ("device", "embedding, head, norms", plan.resident_nbytes, ""),
         ("", _layers(counts[Tier.DEVICE]), plan.device_layer_nbytes, "stay there"),
         ("", f"{plan.num_slots} slots", slots, "that layers stream through"),
-        ("", "keys and values", plan.kv_nbytes, f"{format_size(token)} a token"),
+        ("", "keys and values", plan.kv_nbytes, here),
         ("", "workspace", plan.workspace_nbytes, f"passes of {plan.pass_tokens} tokens in {plan.micro_batch_tokens}s"),
         ("", "all", plan.device_nbytes, f"of a budget of {format_size(question.tiers.device or 0)}"),
         (
@@ -54,6 +63,7 @@ def _places(question: Question, plan: Plan) -> str:
             plan.host_nbytes,
             f"of a budget of {format_size(question.tiers.host or 0)}",
         ),
+        *([("", "keys and values", plan.kv_host_nbytes, f"{token}, attended to there")] if plan.kv_host_nbytes else []),
         ("nvme", _layers(counts[Tier.NVME]), plan.nvme_nbytes, "read in every pass" if plan.nvme_nbytes else ""),
     ]
     lines = [f"{where:8}{what:24}{format_size(nbytes):>12}  {more}".rstrip() for where, what, nbytes, more in rows]
@@ -71,8 +81,12 @@ def _pass(forecast: Forecast) -> str:
     lines = [f"seconds of a pass, on average of {forecast.passes}"]
     for name, seconds in sorted(busy.items(), key=lambda item: -item[1]):
         bar = "█" * round(_BAR * seconds / most)
-        lines.append(f"{name.replace('_', ' '):16}{seconds:10.3g}  {bar}".rstrip())
+        lines.append(f"{_name(name):22}{seconds:10.3g}  {bar}".rstrip())
     return "\n".join(lines)
+
+
+def _name(resource: str) -> str:
+    return _NAMES.get(resource, resource.replace("_", " "))
 
 
 def _job(question: Question, chosen: Choice) -> str:
@@ -81,7 +95,7 @@ def _job(question: Question, chosen: Choice) -> str:
     return (
         f"{work}: {_duration(found.seconds)}, {found.tokens_per_second:.4g} tokens/s, up to {found.peak_sequences} at "
         f"once; a request ends after {_duration(found.mean_seconds)} on average\n"
-        f"the pace is set by {found.bottleneck.replace('_', ' ')}; the best of {chosen.num_compared} plans for "
+        f"the pace is set by {_name(found.bottleneck)}; the best of {chosen.num_compared} plans for "
         f"{question.objective}"
     )
 
@@ -89,7 +103,7 @@ def _job(question: Question, chosen: Choice) -> str:
 def _changes(changes: list[WhatIf]) -> str:
     known = [one for one in changes if one.speedup is not None]
     lines = ["what if: times as fast, and what then sets the pace"]
-    lines += [f"{one.speedup:6.2f} ×  {one.text}; {(one.bottleneck or '').replace('_', ' ')}" for one in known]
+    lines += [f"{one.speedup:6.2f} ×  {one.text}; {_name(one.bottleneck or '')}" for one in known]
     lines += [f"{'':6}    {one.text}: not possible, {one.why_not}" for one in changes if one.speedup is None]
     if known and (known[0].speedup or 0) > 1.01:
         lines.append(f"most is bought by {known[0].text}")
@@ -125,7 +139,10 @@ def _asked(question: Question) -> dict[str, Any]:
             "resident_bytes": shape.resident_nbytes,
             "layer_bytes": list(shape.layer_nbytes),
             "wire_bytes": list(shape.wire_nbytes),
+            "quantised": anatomy.quantised,
+            "kv_dtype": anatomy.kv_dtype,
             "kv_bytes_per_token": shape.kv_token_nbytes,
+            "kv_windows": [asdict(layer) for layer in shape.kv_windows],
             "flops_per_token": anatomy.flops.per_token,
         },
         "hardware": {"title": hardware.title, "source": hardware.source, "measured": hardware.measured},
@@ -136,7 +153,7 @@ def _asked(question: Question) -> dict[str, Any]:
 
 
 def _tiers(tiers: MemoryTiers) -> dict[str, int | None]:
-    return {"device": tiers.device, "host": tiers.host, "nvme": tiers.nvme}
+    return {"device": tiers.device, "host": tiers.host, "nvme": tiers.nvme, "kv_host": tiers.kv_host}
 
 
 def refusal(question: Question, error: BudgetError, nearest: Nearest) -> str:

@@ -12,10 +12,13 @@ from typing import Any
 
 from penstock.errors import ModelError
 
-__all__ = ["BLUEPRINTS", "DTYPE_NBYTES", "Blueprint", "Config", "Experts", "Part"]
+__all__ = ["BLUEPRINTS", "DTYPE_NBYTES", "ROUTERS", "Blueprint", "Config", "Experts", "Part"]
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """transformers reads and writes the same number by several names."""
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+"""Names of modules that choose experts: small, and a wrong choice costs more than a coarse weight."""
 
 DTYPE_NBYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -155,11 +158,11 @@ class Blueprint:
             made.append(Part("lm_head.weight", (vocab, inner), itemsize))
         return tuple(made)
 
-    def kept(self, config: Config) -> int:
-        """Return how many elements of keys and values a layer keeps of a token."""
+    def kept(self, config: Config) -> tuple[int, int]:
+        """Return how many rows of keys and values a layer keeps of a token, and how many elements each has."""
         if self.latent:
-            return config.number("kv_lora_rank") + config.number("qk_rope_head_dim")
-        return 2 * config.kv_heads * config.head_size
+            return 1, config.number("kv_lora_rank") + config.number("qk_rope_head_dim")
+        return 2 * config.kv_heads, config.head_size
 
     def at_work(self, config: Config) -> int:
         """Return how many elements a token of the running micro-batch has in memory at once: an upper estimate.
@@ -171,7 +174,7 @@ class Blueprint:
         heads = config.number("num_attention_heads")
         if self.latent:
             each = config.number("qk_nope_head_dim") + config.number("qk_rope_head_dim")
-            attention = 3 * heads * (each + config.number("kv_lora_rank")) + 4 * self.kept(config)
+            attention = 3 * heads * (each + config.number("kv_lora_rank")) + 4 * self.kept(config)[1]
         else:
             attention = 5 * (heads + config.kv_heads) * config.head_size
         most = max(wide, attention)

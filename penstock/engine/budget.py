@@ -80,4 +80,8 @@ def resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> Mem
                 got=f"{format_size(there)} free",
                 fix=f"Lower the {name} memory.",
             )
-    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme, kv_host=tiers.kv_host)
+    kv_host = tiers.kv_host
+    if host_wanted > left and kv_host is None:
+        logger.info("the host budget is more than there is, so it has no keys and values unless they are asked for")
+        kv_host = 0
+    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme, kv_host=kv_host)

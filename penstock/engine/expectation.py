@@ -37,7 +37,7 @@ class Expectation:
     def given(self, running: Iterable[tuple[int, int]]) -> Outlook:
         """Return what to expect while sequences run that have generated so many tokens of so many at most."""
         if not any(self._ended):
-            return Outlook([1.0] * STEPS)
+            return _TO_THE_END
         left = [*self._ended, self._through]  # sequences by the last step that they came to
         for generated, most in running:
             left[generated * STEPS // most] += 1
@@ -61,3 +61,6 @@ class Outlook:
         """Return how many tokens a sequence with so many will have in the end: more than it has, `most` at most."""
         step = generated * STEPS // most
         return min(most, max(ceil(most * (step + self._ahead[step]) / STEPS), generated + 1))
+
+
+_TO_THE_END = Outlook([1.0] * STEPS)

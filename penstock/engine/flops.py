@@ -20,7 +20,7 @@ from penstock.engine.batch import Span
 if TYPE_CHECKING:
     from penstock.engine.model.build import StreamedModel
 
-__all__ = ["ModelFlops", "Parameter", "count", "count_flops", "pairs"]
+__all__ = ["ModelFlops", "Parameter", "attention_windows", "count", "count_flops", "pairs"]
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
@@ -140,15 +140,20 @@ def _per_pair(config: Any, num_layers: int) -> dict[int | None, int]:
     if getattr(config, "qk_nope_head_dim", None):
         query = config.qk_nope_head_dim + config.qk_rope_head_dim
     value = getattr(config, "v_head_dim", None) or query
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or [""] * num_layers
-    layers: Counter[int | None] = Counter()
-    for kind in kinds:
-        if kind in ("", "full_attention", "attention"):
-            layers[window if kind == "" else None] += 1
-        elif kind == "sliding_attention":
-            layers[window] += 1
+    layers = Counter(attention_windows(config, num_layers).values())
     return {window: 2 * heads * (query + value) * count for window, count in layers.items()}
+
+
+def attention_windows(config: Any, num_layers: int) -> dict[int, int | None]:
+    """Return how many tokens each layer that attends sees at most; None for all of them."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    windows: dict[int, int | None] = {}
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or [""] * num_layers):
+        if kind in ("", "full_attention", "attention"):
+            windows[layer] = window if kind == "" else None
+        elif kind == "sliding_attention":
+            windows[layer] = window
+    return windows
 
 
 def _first(config: Any, names: Iterable[str]) -> int | None:

@@ -100,30 +100,24 @@ class Forecast:
         }
 
 
-class _Bytes:
-    """The room that a store of keys and values would have, in numbers."""
+class _Store:
+    """What a store of blocks would have, in numbers: bytes that are free, and what each sequence holds."""
 
-    def __init__(self, limit_nbytes: int, cost: KVCost, lengths: list[int]) -> None:
+    def __init__(self, nbytes: int, cost: KVCost) -> None:
         self._cost = cost
-        self._limit = limit_nbytes
-        self._besides = cost.besides(limit_nbytes, lengths)
-        self._free = limit_nbytes - self._besides
+        self._free = nbytes
         self._held: dict[Hashable, int] = {}
+        self._known: dict[int, int] = {}  # the same lengths come again and again
 
     def _nbytes(self, num_tokens: int) -> int:
-        return self._cost.of(num_tokens) - self._cost.sequence_nbytes
+        if num_tokens not in self._known:
+            self._known[num_tokens] = self._cost.of(num_tokens) - self._cost.sequence_nbytes
+        return self._known[num_tokens]
 
-    def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
-        pass
+    def fits(self, num_tokens: int) -> bool:
+        return self._nbytes(num_tokens) <= self._free
 
-    def fits(self, num_tokens: int, *, most: int) -> bool:  # noqa: ARG002
-        besides = (len(self._held) + 1) * self._cost.sequence_nbytes
-        return besides <= self._besides and self._nbytes(num_tokens) <= self._free
-
-    def check(self, num_tokens: int, what: str) -> None:
-        self._cost.check(self._limit, num_tokens, what)
-
-    def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:  # noqa: ARG002
+    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         self._held[sequence] = nbytes = self._nbytes(num_tokens)
         self._free -= nbytes
 
@@ -135,11 +129,64 @@ class _Bytes:
         self._free -= more
         return True
 
-    def home_of(self, sequence: Hashable) -> Tier:  # noqa: ARG002
-        return Tier.DEVICE
-
     def release(self, sequence: Hashable) -> None:
         self._free += self._held.pop(sequence)
+
+
+class _Homes:
+    """The room that the homes of keys and values would have, in numbers; `KVHomes` is the real one.
+
+    Host RAM has whole blocks, in which layers with windows keep all tokens. What sequences have besides is on the
+    device, wherever they are at home.
+    """
+
+    def __init__(self, plan: Plan, cost: KVCost, lengths: list[int]) -> None:
+        self._cost = cost
+        self._limit = plan.kv_nbytes
+        self._host_cost = KVCost(cost.token_nbytes, 0, cost.block_tokens)
+        num_blocks = plan.kv_host_nbytes // cost.block_nbytes if cost.block_nbytes else 0
+        self._host_nbytes = num_blocks * cost.block_nbytes
+        mean = sum(map(self._host_cost.blocks_of, lengths)) / len(lengths)
+        self._besides = cost.besides(plan.kv_nbytes, lengths, num_elsewhere=int(num_blocks / max(mean, 1)))
+        self._stores = {
+            Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost),
+            Tier.HOST: _Store(self._host_nbytes, self._host_cost),
+        }
+        self._homes: dict[Hashable, Tier] = {}
+
+    def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
+        pass
+
+    def _find(self, num_tokens: int, most: int) -> Tier | None:
+        if (len(self._homes) + 1) * self._cost.sequence_nbytes > self._besides:
+            return None
+        if self._stores[Tier.DEVICE].fits(num_tokens) and self._cost.of(most) <= self._limit:
+            return Tier.DEVICE
+        if self._stores[Tier.HOST].fits(num_tokens) and self._host_cost.of(most) <= self._host_nbytes:
+            return Tier.HOST
+        return None
+
+    def fits(self, num_tokens: int, *, most: int) -> bool:
+        return self._find(num_tokens, most) is not None
+
+    def check(self, num_tokens: int, what: str) -> None:
+        if self._host_cost.of(num_tokens) > self._host_nbytes:
+            self._cost.check(self._limit, num_tokens, what)
+
+    def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:
+        home = self._find(num_tokens, most)
+        assert home is not None, "sequences start only when they fit"
+        self._stores[home].acquire(sequence, num_tokens=num_tokens)
+        self._homes[sequence] = home
+
+    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
+        return self._stores[self._homes[sequence]].extend(sequence, num_tokens=num_tokens)
+
+    def home_of(self, sequence: Hashable) -> Tier:
+        return self._homes[sequence]
+
+    def release(self, sequence: Hashable) -> None:
+        self._stores[self._homes.pop(sequence)].release(sequence)
 
 
 def forecast(
@@ -157,7 +204,7 @@ def forecast(
     Raises ProfileError for a rate that is not known, BudgetError for a request that can never run.
     """
     every = list(lengths)
-    room = _Bytes(plan.kv_nbytes, cost, [length.prompt + length.generated for length in every])
+    room = _Homes(plan, cost, [length.prompt + length.generated for length in every])
     scheduler = Scheduler(
         room,
         micro_batch_tokens=plan.micro_batch_tokens,
@@ -165,7 +212,7 @@ def forecast(
         splits_prompts=splits_prompts,
     )
     scheduler.feed(_sequences(every))
-    return _Tally(every, plan, machine, model, cost).run(scheduler, max_passes)
+    return _Tally(every, room, _Costs(plan, machine, model, cost)).run(scheduler, max_passes)
 
 
 def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
@@ -174,13 +221,44 @@ def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
         yield Sequence(number, None, (0,) * length.prompt, params, length.prompt + length.generated)
 
 
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What passes cost."""
+
+    plan: Plan
+    machine: Machine
+    model: ModelFlops
+    kept: KVCost
+
+    def of(self, device: Batches, hosted: Batches, *, rows: int) -> PassCost:
+        """Return the cost of a pass over micro-batches of the two homes, of which `rows` tokens go through the head."""
+        batches = [*device, *hosted]
+        weights = sum(self.model.weights_read(sum(span.length for span in batch)) for batch in batches)
+        there = [span for span in chain.from_iterable(hosted) if span.length > 1 or self.plan.kv_dtype == "int4"]
+        return pass_cost(
+            self.plan,
+            self.machine,
+            flops=self.model.of(chain.from_iterable(batches), rows=rows),
+            weight_nbytes=weights + self._seen(chain.from_iterable(device)),
+            num_calls=len(batches) * len(self.plan.tiers),
+            host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
+            copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
+        )
+
+    def _seen(self, spans: Iterable[Span]) -> int:
+        """Bytes of keys and values that single tokens read; prompts have theirs at hand."""
+        ends = [span.end for span in spans if span.length == 1]
+        return sum(map(self.kept.seen_nbytes, ends)) if self.kept.windows else sum(ends) * self.kept.token_nbytes
+
+
 class _Tally:
     """Adds up passes."""
 
-    def __init__(self, lengths: list[Length], plan: Plan, machine: Machine, model: ModelFlops, kept: KVCost) -> None:
+    def __init__(self, lengths: list[Length], room: _Homes, costs: _Costs) -> None:
         self._total = sum(length.generated for length in lengths)
         self._num_requests = len(lengths)
-        self._known = plan, machine, model, kept
+        self._room = room
+        self._costs = costs
         self._seconds = [0.0]
         self._generated = [0]
         self._busy: dict[str, float] = {}
@@ -199,15 +277,16 @@ class _Tally:
             cost = self._cost_of(schedule.micro_batches, rows=len(ready))
             self._add(cost, generated=len(ready))
             self._append(scheduler, ready, 1)
-            if schedule.num_tokens == len(ready) == len(scheduler.running):
+            if len(ready) == len(scheduler.running) == schedule.num_tokens:
                 self._skip(scheduler, schedule.micro_batches, cost)
         return self._forecast()
 
     def _append(self, scheduler: Scheduler, sequences: Iterable[Sequence], count: int) -> None:
         for sequence in sequences:
             sequence.output_ids += [0] * count
-            sequence.num_computed = sequence.num_tokens - 1
-            if sequence.num_tokens == sequence.capacity:
+            num_tokens = sequence.num_tokens
+            sequence.num_computed = num_tokens - 1
+            if num_tokens == sequence.capacity:
                 scheduler.finish(sequence)
                 self._ended += 1
                 self._ended_seconds += self._seconds[-1]
@@ -224,16 +303,10 @@ class _Tally:
             self._append(scheduler, scheduler.running, count)
 
     def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
-        plan, machine, model, kept = self._known
-        weights = sum(model.weights_read(sum(span.length for span in batch)) for batch in batches)
-        seen = sum(span.end for span in chain.from_iterable(batches) if span.length == 1)
-        return pass_cost(
-            plan,
-            machine,
-            flops=model.of(chain.from_iterable(batches), rows=rows),
-            weight_nbytes=weights + seen * kept.token_nbytes,
-            num_calls=len(batches) * len(plan.tiers),
-        )
+        homes: dict[Tier, list[Items[Span]]] = {Tier.DEVICE: [], Tier.HOST: []}
+        for batch in batches:
+            homes[self._room.home_of(batch[0].sequence)].append(batch)
+        return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], rows=rows)
 
     def _add(self, cost: PassCost, *, generated: int) -> None:
         self._seconds.append(self._seconds[-1] + cost.seconds)

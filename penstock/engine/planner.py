@@ -1,8 +1,9 @@
 """Choose the plan under which a run ends soonest: plans are made, forecast and compared; nothing is allocated.
 
 What there is to choose: how many layers stay on the device, which leaves less room for keys and values and so fewer
-sequences at work; how many slots the others stream through; and how many tokens go through a layer in one call and in
-one pass, which need room too.
+sequences at work; how many slots the others stream through; how much of what layers leave of host RAM takes keys and
+values of further sequences, whose attention is computed there; and how many tokens go through a layer in one call and
+in one pass, which need room too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ _LEAST_GAIN = 1.005
 
 _FEW_SLOTS = 1.01
 """What a plan with fewer slots than usual must be better by: they make up for late layers, which no forecast sees."""
+
+_HOSTED = 1.01
+"""What a plan with sequences at home in host RAM must be better by: micro-batches wait, which no forecast sees."""
+
+_HOST_SHARES = (0.0, 0.25, 0.5, 1.0)
 
 _MOST_WAVES = 4
 _FEW_TOKENS = 256
@@ -68,8 +74,9 @@ def choose_plan(
     For "throughput" the whole run ends soonest, for "latency" a request does, on average. Fields of `limits` that are
     named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. The search
     goes on from the best plan of a round as long as that is a better one, `max_rounds` times at most. Fewer slots than
-    the usual ones, those of `limits` unless said, must make it a percent better. Raises BudgetError when nothing fits,
-    ProfileError when a rate that it depends on is not known.
+    the usual ones, those of `limits` unless said, must make it a percent better, and so must keys and values in host
+    RAM, which are weighed where `tiers` leave them open and the rate of reading there is known. Raises BudgetError when
+    nothing fits, ProfileError when a rate that it depends on is not known.
     """
     sample = lengths[:: -(-len(lengths) // MAX_REQUESTS)]
     search = _Search(
@@ -83,6 +90,8 @@ def choose_plan(
         usual_slots=usual_slots or limits.num_slots,
     )
     free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
+    if tiers.kv_host is None and machine.host_read is not None and shape.kv_token_nbytes:
+        free |= {"kv_host_share"}
     best = search.first_that_fits(limits, free)
     if not best.plan.num_slots:
         free -= {"device_layers"}
@@ -91,7 +100,7 @@ def choose_plan(
     rounds, before = 0, None
     while best != before and rounds != max_rounds:
         rounds, before = rounds + 1, best
-        best = search.better(best, _neighbours(best, free, search.usual_slots))
+        best = search.better(best, search.neighbours(best, free))
     whole = best.forecast.scaled(len(lengths) / len(sample))
     return replace(best, forecast=whole, num_compared=search.num_compared)
 
@@ -122,6 +131,7 @@ class _Search:
         self._cost = shape.kv_cost
         sizes = [self._cost.of(length.prompt + length.generated) for length in lengths]
         self._smallest_nbytes, self._needed_nbytes = min(sizes), sum(sizes)
+        self._least_tokens = min(length.prompt + length.generated for length in lengths)
         self._generated = sum(length.generated for length in lengths)
         self._known: dict[PassLimits, Choice | BudgetError] = {}
 
@@ -157,14 +167,22 @@ class _Search:
         """Return what the links take at least, when as many sequences as ever fit get a token in every pass."""
         if self._objective == "latency":
             return 0.0
-        at_once = max(min(plan.kv_nbytes // max(self._smallest_nbytes, 1), len(self._lengths)), 1)
+        at_once = plan.kv_nbytes // max(self._smallest_nbytes, 1)
+        at_once += plan.kv_host_nbytes // max(self._hosted_nbytes, 1)
+        at_once = max(min(at_once, len(self._lengths)), 1)
         return self._generated / at_once * pass_cost(plan, self._machine, flops=0, weight_nbytes=0).seconds
 
     def value(self, choice: Choice) -> float:
         """Return what a plan is worth."""
         found = choice.forecast
         seconds = found.seconds if self._objective == "throughput" else found.mean_seconds
-        return seconds * _FEW_SLOTS if 0 < choice.plan.num_slots < self.usual_slots else seconds
+        seconds *= _FEW_SLOTS if 0 < choice.plan.num_slots < self.usual_slots else 1.0
+        return seconds * _HOSTED if choice.plan.kv_host_nbytes and self._tiers.kv_host is None else seconds
+
+    @property
+    def _hosted_nbytes(self) -> int:
+        """What the shortest request takes of host RAM: less than that is of no use to keys and values."""
+        return self._least_tokens * self._shape.kv_token_nbytes
 
     def better(self, best: Choice, candidates: Iterator[PassLimits]) -> Choice:
         """Return the best of them all; the first one stays unless another is better by more than a little."""
@@ -184,6 +202,8 @@ class _Search:
             tried += [replace(limits, device_layers=0), replace(limits, device_layers=0, num_slots=1)]
         if {"pass_tokens", "micro_batch_tokens"} <= set(free):
             tried += [replace(each, pass_tokens=_FEW_TOKENS, micro_batch_tokens=_FEW_TOKENS) for each in tried]
+        if "kv_host_share" in free:
+            tried += [replace(each, kv_host_share=1.0) for each in tried]
         found = next((made for made in map(self.look, tried) if isinstance(made, Choice)), None)
         if found is None:
             refused = self.look(limits)
@@ -194,6 +214,18 @@ class _Search:
             if isinstance(whole, Choice) and not whole.plan.num_slots:
                 return whole
         return found
+
+    def neighbours(self, best: Choice, free: Collection[str]) -> Iterator[PassLimits]:
+        """Yield limits that differ in one thing or two from those of a plan.
+
+        Keys and values stay on the device where all layers do: little would hide what attention in host RAM takes.
+        """
+        yield from _neighbours(best, free, self.usual_slots)
+        left = (self._tiers.host or 0) - best.plan.host_nbytes
+        if "kv_host_share" in free and best.plan.num_slots:
+            for share in _HOST_SHARES:
+                if not share or left * share >= self._hosted_nbytes:
+                    yield replace(best.limits, kv_host_share=share)
 
     def waves(self, usual: Choice) -> Iterator[PassLimits]:
         """Yield limits that leave room for all requests at once, for a half, a third or a quarter of them.

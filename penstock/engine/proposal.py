@@ -13,6 +13,7 @@ from penstock.engine.anatomy import Anatomy
 from penstock.engine.forecast import Length
 from penstock.engine.planner import LIMITS, Choice, Objective, choose_plan
 from penstock.errors import BudgetError
+from penstock.offload.codec import CodecName
 from penstock.offload.machines import Hardware
 from penstock.offload.plan import PassLimits
 from penstock.offload.tiers import MemoryTiers, format_size
@@ -77,13 +78,18 @@ class WhatIf:
 
 
 def budgets_of(
-    hardware: Hardware, *, device: str | None = None, host: str | None = None, nvme: str | None = None
+    hardware: Hardware,
+    *,
+    device: str | None = None,
+    host: str | None = None,
+    nvme: str | None = None,
+    kv_host: str | None = None,
 ) -> MemoryTiers:
     """Return what a run may use of a machine: what is said, and else the shares that a run takes of what is free.
 
     Raises SizeError, and BudgetError for more than the machine has, or where its device's memory is not known.
     """
-    said = MemoryTiers(device=device, host=host, nvme=nvme)
+    said = MemoryTiers(device=device, host=host, nvme=nvme, kv_host=kv_host)
     whole = hardware.host_nbytes if hardware.on_cpu else hardware.device_nbytes
     if whole is None and said.device is None:
         fix = "Give --device-memory, or measure again with `penstock profile`."
@@ -91,11 +97,15 @@ def budgets_of(
     usual = 0 if whole is None else whole // 2 if hardware.on_cpu else whole * 9 // 10
     wanted = usual if said.device is None else said.device
     left = max(hardware.host_nbytes - wanted, 0) if hardware.on_cpu else hardware.host_nbytes
-    tiers = MemoryTiers(device=wanted, host=left * 8 // 10 if said.host is None else said.host, nvme=said.nvme)
-    for name, asked, there in (("device", wanted, whole), ("host", tiers.host or 0, left)):
+    tiers = replace(said, device=wanted, host=left * 8 // 10 if said.host is None else said.host)
+    for name, asked, there in (
+        ("device", wanted, whole),
+        ("host", tiers.host or 0, left),
+        ("keys' and values' host", tiers.kv_host or 0, tiers.host),
+    ):
         if there is not None and asked > there:
             raise BudgetError(
-                f"the {name} memory budget is more than the machine has",
+                f"the {name} memory budget is more than there is for it",
                 wanted=format_size(asked),
                 got=format_size(there),
                 fix=f"Lower the {name} memory, or describe another machine.",
@@ -130,12 +140,12 @@ def _changes(question: Question) -> Iterator[tuple[str, str, Question | str]]:
     assert tiers.host is not None
     bigger = replace(hardware, host_nbytes=2 * hardware.host_nbytes)
     if hardware.on_cpu:
-        grown = MemoryTiers(device=tiers.device, host=tiers.host + hardware.host_nbytes * 8 // 10, nvme=tiers.nvme)
+        grown = replace(tiers, host=tiers.host + hardware.host_nbytes * 8 // 10)
         yield "double_host", "twice the RAM", replace(question, hardware=bigger, tiers=grown)
     else:
-        grown = MemoryTiers(device=tiers.device, host=2 * tiers.host, nvme=tiers.nvme)
+        grown = replace(tiers, host=2 * tiers.host)
         yield "double_host", "twice the RAM", replace(question, hardware=bigger, tiers=grown)
-        doubled = MemoryTiers(device=2 * tiers.device, host=tiers.host, nvme=tiers.nvme)
+        doubled = replace(tiers, device=2 * tiers.device)
         yield "double_device", "twice the memory of the device", replace(question, tiers=doubled)
         if rate := hardware.host_to_device:
             faster = replace(hardware, host_to_device=2 * rate)
@@ -143,15 +153,17 @@ def _changes(question: Question) -> Iterator[tuple[str, str, Question | str]]:
     if rate := hardware.nvme_to_host:
         faster = replace(hardware, nvme_to_host=2 * rate)
         yield "second_nvme", "a second NVMe disk, read in turn with the first", replace(question, hardware=faster)
-    for codec, text in (("exact", "packed bit for bit"), ("int8", "in 8 bits"), ("int4", "in 4 bits")):
-        coded = question.anatomy.coded(codec)  # type: ignore[arg-type]
-        if coded == question.anatomy:
-            continue
-        other = (
-            f"{question.anatomy.dtype} weights cannot be packed so"
-            if coded is None
-            else replace(question, anatomy=coded)
-        )
+    codecs: tuple[tuple[CodecName, str], ...] = (
+        ("exact", "packed bit for bit"),
+        ("int8", "in 8 bits"),
+        ("int4", "in 4 bits"),
+    )
+    for codec, text in codecs:
+        other: Question | str | None = question.anatomy.why_not_coded(codec)
+        if other is None:
+            other = replace(question, anatomy=question.anatomy.coded(codec))
+            if other == question:
+                continue
         yield codec, f"weights {text} (penstock pack --codec {codec})", other
 
 
@@ -187,9 +199,8 @@ def nearest_that_fits(question: Question) -> Nearest | None:
 
 
 def _with(question: Question, name: str, nbytes: int) -> Nearest | None:
-    tiers = question.tiers
-    sizes = {"device": tiers.device, "host": tiers.host, "nvme": tiers.nvme} | {name: nbytes}
-    changed = MemoryTiers(**sizes)
+    changes: dict[str, Any] = {name: nbytes}
+    changed = replace(question.tiers, **changes)
     longest = max(question.lengths, key=lambda length: length.prompt + length.generated)
     try:
         return Nearest(changed, replace(question, tiers=changed, lengths=[longest]).answer())

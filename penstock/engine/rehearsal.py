@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from penstock.engine.anatomy import Anatomy, Unit
+from penstock.engine.anatomy import Anatomy, Unit, quantised_by
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.blueprints import Part
 from penstock.engine.executor import Executor
@@ -33,16 +33,12 @@ from penstock.io.limits import available_memory
 from penstock.offload.buffers import convert
 from penstock.offload.kv import KVStore
 from penstock.offload.layout import Layout
-from penstock.offload.plan import ModelShape, WindowLayer
+from penstock.offload.plan import ModelShape, WindowLayer, window_workspace
 from penstock.offload.tiers import format_size
 
 __all__ = ["call_seconds", "dissect", "rehearse", "rehearse_compiled"]
 
 NUM_TOKENS = 32
-MAX_CONTINUED = 2
-"""Sequences of which several tokens follow older ones in one micro-batch: one that a pass has cut, one that a
-micro-batch has."""
-
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
 
@@ -71,11 +67,10 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
     cost = kv.measure()
     kept = cost.of(NUM_TOKENS)
     windows = _windows(kv, batch.windows, model.context_length)
-    copied = max((layer.token_nbytes for layer in windows), default=0)  # new tokens behind older ones
-    older = max((layer.token_nbytes * layer.window for layer in windows), default=0)
+    copied, older = window_workspace(windows)
     return ModelShape(
         resident_nbytes=model.resident.nbytes,
-        fixed_nbytes=sampler_nbytes + converting + MAX_CONTINUED * older,
+        fixed_nbytes=sampler_nbytes + converting + older,
         layer_nbytes=tuple(layout.nbytes for layout in layers),
         wire_nbytes=tuple(layout.wire_nbytes for layout in layers),
         workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS) + copied,
@@ -149,7 +144,7 @@ def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | Non
     return max(least / len(model.layers) - reading, 0.0)
 
 
-def dissect(directory: Path, *, dtype: str = "auto") -> Anatomy:
+def dissect(directory: Path, *, dtype: str = "auto", kv_dtype: str = "auto") -> Anatomy:
     """Build the model of a directory on the CPU, without weights, and return what it is made of and costs.
 
     Raises BudgetError where not even one layer fits this machine's memory, and what loading a model raises.
@@ -159,7 +154,8 @@ def dissect(directory: Path, *, dtype: str = "auto") -> Anatomy:
     if needed > (free := available_memory()):
         wanted = f"more than {format_size(needed)}"
         raise BudgetError("a layer of this family must be run once", wanted=wanted, got=f"{format_size(free)} free")
-    shape = rehearse(model, Executor(model.layers), sampler_nbytes=0)
+    shape = rehearse(model, Executor(model.layers), sampler_nbytes=0, kv_dtype=kv_dtype)
+    copied, _ = window_workspace(shape.kv_windows)
     size = model.dtype.itemsize
     flops = count_flops(model)
     if flops is None:
@@ -180,10 +176,13 @@ def dissect(directory: Path, *, dtype: str = "auto") -> Anatomy:
         flops=flops,
         resident=unit(model.resident),
         layers=tuple(map(unit, model.layer_layouts)),
-        kept_elements=-(-shape.kv_token_nbytes // size),
-        working_elements=-(-shape.workspace_nbytes // size),
+        kv_token_nbytes=shape.kv_token_nbytes,
+        working_elements=-(-(shape.workspace_nbytes - copied) // size),
         held_elements=-(-shape.held_nbytes // size),
         state_nbytes=shape.kv_sequence_nbytes - 2 * model.vocab_size * size,
+        kv_windows=shape.kv_windows,
+        kv_dtype=kv_dtype,
+        quantised=quantised_by(directory),
     )
 
 

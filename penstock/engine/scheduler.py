@@ -124,12 +124,14 @@ class Scheduler:
         """Choose the next pass; an empty one when nothing is left."""
         self._grow()
         packer = _Packers(self._room, self._micro_batch_tokens, splits=self._splits_prompts)
+        longer = []
         for sequence in self._running.values():
             if sequence.num_tokens - sequence.num_computed == 1:
                 packer.add(Span(sequence.number, sequence.num_computed, 1))
-        for sequence in self._running.values():
-            if sequence.num_tokens - sequence.num_computed > 1:
-                self._prefill(sequence, packer)
+            else:
+                longer.append(sequence)
+        for sequence in longer:
+            self._prefill(sequence, packer)
         self._start(packer)
         return Schedule(packer.finish())
 
@@ -219,8 +221,8 @@ class Scheduler:
         for spans in schedule.micro_batches:
             for span in spans:
                 sequence = self._running[span.sequence]
-                sequence.num_computed = span.end
-                if span.end == sequence.num_tokens:
+                sequence.num_computed = end = span.end
+                if end == sequence.num_tokens:
                     ready.append(sequence)
         return ready
 
@@ -248,12 +250,10 @@ class _Packers:
     def __init__(self, room: Room, micro_batch_tokens: int, *, splits: bool) -> None:
         self._room = room
         self._packers = {kind: _Packer(micro_batch_tokens, splits=splits) for kind in ("hosted", "hosted prompts", "")}
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(packer.num_tokens for packer in self._packers.values())
+        self.num_tokens = 0
 
     def add(self, span: Span) -> None:
+        self.num_tokens += span.length
         kind = ""
         if self._room.home_of(span.sequence) is Tier.HOST:
             kind = "hosted" if span.length == 1 else "hosted prompts"
@@ -272,16 +272,18 @@ class _Packer:
         self._full: list[tuple[Span, ...]] = []
         self._open: list[Span] = []
         self._open_tokens = 0
-        self.num_tokens = 0
 
     def add(self, span: Span) -> None:
-        self.num_tokens += span.length
         while span.length:
             free = self._limit - self._open_tokens
             if free <= 0 or (span.length > free and not self._splits and self._open):
                 self._close()
                 continue
-            length = min(span.length, free) if self._splits else span.length
+            if span.length <= free or not self._splits:
+                self._open.append(span)
+                self._open_tokens += span.length
+                return
+            length = free
             self._open.append(Span(span.sequence, span.start, length))
             self._open_tokens += length
             span = Span(span.sequence, span.start + length, span.length - length)

@@ -55,15 +55,22 @@ class KVCost:
     def blocks_of(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take, where all layers share them."""
         blocks = -(-num_tokens // self.block_tokens)
-        if self.window is None:
-            assert not self.windows, "layers of different windows have blocks of their own"
+        if not self.windows:
             return blocks
+        assert self.window is not None, "layers of different windows have blocks of their own"
         return min(blocks, -(-(self.window - 1) // self.block_tokens) + 1)
 
     def of(self, num_tokens: int) -> int:
         """Bytes that a sequence of `num_tokens` tokens needs."""
+        if not self.windows:
+            return self.sequence_nbytes + self.block_nbytes * self.blocks_of(num_tokens)
         blocks = (part.block_nbytes * part.blocks_of(num_tokens) for part in self.parts().values())
         return self.sequence_nbytes + sum(blocks)
+
+    def seen_nbytes(self, num_tokens: int) -> int:
+        """Bytes that attention of one new token reads, which sees `num_tokens` tokens with itself."""
+        beyond = sum(nbytes * max(num_tokens - window, 0) for window, nbytes in self.windows)
+        return self.token_nbytes * num_tokens - beyond
 
     def check(self, nbytes: int, num_tokens: int, what: str) -> None:
         """Raise BudgetError, naming `what`, when a sequence of `num_tokens` tokens needs more than `nbytes` bytes."""

@@ -99,12 +99,14 @@ def pass_cost(
     weight_nbytes: float,
     num_calls: int = 0,
     host_kv_nbytes: float = 0,
+    copied_kv_nbytes: float = 0,
 ) -> PassCost:
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
     Computing takes as long as its arithmetic or its reading, whichever is longer. `num_calls` are the layers of all
     micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, at what the link
-    leaves of its rate. Raises ProfileError when a rate that the pass depends on has not been measured.
+    leaves of its rate; where the processor is the device, it computes nothing meanwhile. `copied_kv_nbytes` of them go
+    over the link. Raises ProfileError when a rate that the pass depends on has not been measured.
     """
     computing = max(
         _seconds("arithmetic", flops, machine.flops),
@@ -113,7 +115,7 @@ def pass_cost(
     streamed = plan.host_nbytes + plan.nvme_nbytes
     busy = {
         COMPUTING: computing,
-        HOST_TO_DEVICE: _seconds("host to device", streamed, machine.host_to_device),
+        HOST_TO_DEVICE: _seconds("host to device", streamed + copied_kv_nbytes, machine.host_to_device),
         NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes, machine.nvme_to_host),
     }
     issuing = num_calls * machine.call_seconds
@@ -123,7 +125,9 @@ def pass_cost(
         busy[ISSUING] = issuing
     if host_kv_nbytes:
         reading = _seconds("host memory", host_kv_nbytes, machine.host_read)
-        busy[HOST_ATTENTION] = reading / BESIDE_THE_LINK if streamed else reading
+        reading = reading / BESIDE_THE_LINK if streamed else reading
+        name = COMPUTING if machine.on_cpu else HOST_ATTENTION
+        busy[name] = busy.get(name, 0.0) + reading
     return PassCost(busy, overlaps=plan.num_slots != 1)
 
 

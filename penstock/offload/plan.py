@@ -10,7 +10,7 @@ from penstock.errors import BudgetError
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
-__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "make_plan"]
+__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "make_plan", "window_workspace"]
 
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""
@@ -29,6 +29,22 @@ class WindowLayer:
     layer: int
     window: int
     token_nbytes: int
+
+
+MAX_CONTINUED = 2
+"""Sequences of which several tokens follow older ones in one micro-batch: one that a pass has cut, one that a
+micro-batch has."""
+
+
+def window_workspace(windows: Iterable[WindowLayer]) -> tuple[int, int]:
+    """Return bytes of workspace for layers with windows: for each token of a micro-batch, and whatever its size.
+
+    Several new tokens of a sequence see a copy of the older ones, and themselves behind it, one layer at a time.
+    """
+    known = tuple(windows)
+    copied = max((layer.token_nbytes for layer in known), default=0)
+    older = max((layer.token_nbytes * layer.window for layer in known), default=0)
+    return copied, MAX_CONTINUED * older
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +104,14 @@ class PassLimits:
     """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch and per pass, layers on the device.
 
     With `device_layers`, layers are kept on the device up to that number, whatever it leaves for keys and values; None
-    weighs the two.
+    weighs the two. Keys and values get `kv_host_share` of what layers leave of host RAM, unless the tiers say how much.
     """
 
     num_slots: int
     micro_batch_tokens: int
     pass_tokens: int
     device_layers: int | None = None
+    kv_host_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +152,9 @@ class Plan:
         counts = {tier: len(self.layers_in(tier)) for tier in Tier}
         return (
             f"plan: of {len(self.tiers)} layers {counts[Tier.DEVICE]} on the device, {counts[Tier.HOST]} in host RAM, "
-            f"{counts[Tier.NVME]} on NVMe; {format_size(self.kv_nbytes)} for keys and values, up to "
-            f"{self.pass_tokens} tokens in a pass"
+            f"{counts[Tier.NVME]} on NVMe; {format_size(self.kv_nbytes)} for keys and values"
+            + (f" and {format_size(self.kv_host_nbytes)} in host RAM" if self.kv_host_nbytes else "")
+            + f", up to {self.pass_tokens} tokens in a pass"
         )
 
     def explain(self) -> str:
@@ -165,7 +183,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     """Place a model. `tiers.device` and `tiers.host` must be known. Raises BudgetError, with what is short by how much.
 
     A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
-    layers get half of what the slots leave, and keys and values all the rest. In host RAM `tiers.kv_host` comes first.
+    layers get half of what the slots leave, and keys and values all the rest. In host RAM `tiers.kv_host` comes first,
+    and without it layers do.
     """
     assert tiers.device is not None
     assert tiers.host is not None
@@ -177,7 +196,9 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
             got=format_size(kv_host),
             fix="Raise the host memory, or lower its part for keys and values.",
         )
-    if kv_host:  # while micro-batches wait for attention in host RAM, another one runs
+    if kv_host or (
+        tiers.kv_host is None and limits.kv_host_share
+    ):  # while micro-batches wait for attention in host RAM, another one runs
         shape = replace(shape, workspace_nbytes=2 * shape.workspace_nbytes)
     micro, total, scores = _tokens_that_fit(shape, tiers.device, limits)
     workspace = shape.workspace_of(micro, total) + SCORE_NBYTES * scores
@@ -198,6 +219,9 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     streamed = [index for index in everything if index not in on_device]
     in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, len(streamed))
     on_disk = [index for index in streamed if index not in in_host]
+    host_nbytes = sum(shape.wire_nbytes[index] for index in in_host)
+    if tiers.kv_host is None:
+        kv_host = int((tiers.host - host_nbytes) * limits.kv_host_share)
     nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
     if tiers.nvme is not None and nvme_nbytes > tiers.nvme:
         raise BudgetError(
@@ -224,7 +248,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         workspace_nbytes=workspace,
         kv_nbytes=tiers.device - shape.resident_nbytes - workspace - device_layers - num_slots * slot_nbytes,
         device_layer_nbytes=device_layers,
-        host_nbytes=sum(shape.wire_nbytes[index] for index in in_host),
+        host_nbytes=host_nbytes,
         nvme_nbytes=nvme_nbytes,
         kv_host_nbytes=kv_host,
         kv_dtype=shape.kv_dtype,

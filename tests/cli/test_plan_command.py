@@ -41,6 +41,35 @@ def test_a_plan_for_programs(capsys):
     }
 
 
+def test_keys_and_values_in_host_ram(capsys):
+    """They are shown with their bytes and their seconds, and a size that was given stays."""
+    arguments = ("--shape", "llama-3-8b", "--hardware", "a6000", "--device-memory", "6GiB", "--prompt-len", "2048")
+    arguments += ("--requests", "40")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "128.00 KiB a token, attended to there" in out
+    assert "\nattention in host RAM " in out
+    made = json.loads(run(capsys, *arguments, "--kv-host-memory", "4GiB", "--json")[1])
+    assert made["plan"]["kv_host_nbytes"] == made["budgets"]["kv_host"] == 4 << 30
+    assert made["seconds_per_pass"]["host_attention"] > 0
+    made = json.loads(run(capsys, *arguments, "--kv-host-memory", "0", "--json")[1])
+    assert made["plan"]["kv_host_nbytes"] == 0
+
+
+@pytest.mark.parametrize(("kv_dtype", "nbytes"), [("auto", 64 * 2), ("fp8", 64 + 4), ("int4", 2 * (16 + 4))])
+def test_windows_and_what_keys_and_values_rest_as(capsys, kv_dtype, nbytes):
+    arguments = ("--shape", "gpt-oss-120b-mxfp4", "--hardware", "rtx4090", "--requests", "4", "--kv-dtype", kv_dtype)
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "of them only in a window" in out
+    assert "bfloat16, quantised with mxfp4" in out
+    made = json.loads(run(capsys, *arguments, "--json")[1])["model"]
+    assert (made["quantised"], made["kv_dtype"]) == ("mxfp4", kv_dtype)
+    assert made["kv_bytes_per_token"] == 36 * 16 * nbytes
+    assert made["kv_windows"][1] == {"layer": 2, "window": 128, "token_nbytes": 16 * nbytes}
+    assert len(made["kv_windows"]) == 18
+
+
 def test_what_does_not_fit_is_answered_with_what_does(capsys):
     arguments = ("--shape", "llama-3-70b", "--hardware", "rtx4090", "--device-memory", "4GiB")
     status, out, err = run(capsys, *arguments)
@@ -64,9 +93,15 @@ def test_what_does_not_fit_is_answered_with_what_does(capsys):
         (["--shape", "tiny", "--hardware", "abacus"], "ConfigError: no such machine"),
         (["--shape", "tiny", "--hardware", "h200", "--requests", "0"], "ConfigError: --requests"),
         (["--shape", "tiny", "--hardware", "h200", "--gen-len", "9000"], "exceeds the model's context"),
-        (["--shape", "tiny", "--hardware", "h200", "--device-memory", "1TiB"], "more than the machine has"),
+        (["--shape", "tiny", "--hardware", "h200", "--device-memory", "1TiB"], "more than there is for it"),
         (["--shape", "tiny", "--hardware", "h200", "--dtype", "int3"], "not a dtype"),
         (["--shape", "opt-30b", "--hardware", "h200", "--codec", "exact"], "cannot be packed so"),
+        (["--shape", "kimi-k2-fp8", "--hardware", "h200", "--codec", "int4"], "quantised with fp8 cannot be packed"),
+        (["--shape", "tiny", "--hardware", "h200", "--kv-dtype", "int3"], "not a dtype of keys and values"),
+        (
+            ["--shape", "tiny", "--hardware", "h200", "--kv-host-memory", "200GB"],
+            "values' host memory budget is more than there is",
+        ),
         (["/nowhere", "--hardware", "h200"], "MissingFileError: /nowhere/config.json"),
     ],
 )

@@ -1,5 +1,7 @@
 """A forecast makes the passes that a run makes, and adds up what each costs."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +12,12 @@ from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Length, forecast
 from penstock.engine.llm import LLM
 from penstock.engine.sampling_params import SamplingParams
-from penstock.errors import BudgetError
+from penstock.errors import BudgetError, ProfileError
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
-from penstock.offload.cost import HOST_TO_DEVICE, Machine
+from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, Machine
+from penstock.offload.groups import open_kv
+from penstock.offload.homes import KVHomes
+from penstock.offload.tiers import MemoryTiers
 
 MACHINE = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e12, device_memory=1e12)
 COST = KVCost(10, 0, 4)
@@ -51,6 +56,36 @@ def test_layers_with_windows_leave_room_for_more():
         forecast(plan, MACHINE, model(), [Length(28, 4)] * 12, cost=cost).peak_sequences for cost in (COST, windowed)
     ]
     assert peaks == [4, 6]
+
+
+def test_attention_in_host_ram_by_hand():
+    """Room for one request on the device and for two in host RAM, whose single tokens are attended to there."""
+    plan = make_plan_of(kv_nbytes=COST.of(12), kv_host_nbytes=2 * COST.of(12) + 39, host_nbytes=10**6)
+    machine = replace(MACHINE, host_read=1e3)
+    found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 3, cost=COST)
+    assert (found.passes, found.peak_sequences) == (4, 3)
+    # Two that see 9, 10 and 11 tokens, at what a full-rate link leaves of the rate.
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(2 * 30 * 10 / 1e3 / 0.6)
+    assert found.bottleneck == HOST_ATTENTION
+    with pytest.raises(ProfileError, match="host memory"):
+        forecast(plan, MACHINE, model(), [Length(8, 4)] * 3, cost=COST)
+
+
+def test_hosted_layers_with_windows_keep_all_and_read_what_they_see():
+    windowed = KVCost(10, 0, 4, ((5, 4),))
+    assert [windowed.seen_nbytes(length) for length in (3, 5, 8)] == [30, 50, 80 - 3 * 4]
+    plan = make_plan_of(kv_nbytes=1, kv_host_nbytes=3 * COST.of(12) - 1, host_nbytes=10**6)
+    machine = replace(MACHINE, host_read=1e3)
+    found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 2, cost=windowed)
+    assert found.peak_sequences == 2, "two have room for all of their tokens"
+    read = 2 * sum(map(windowed.seen_nbytes, (9, 10, 11)))
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(read / 1e3 / 0.6)
+
+
+def test_four_bit_rows_in_host_ram_are_copied_to_the_device():
+    plan = make_plan_of(kv_nbytes=1, kv_host_nbytes=COST.of(12), kv_dtype="int4")
+    found = forecast(plan, replace(MACHINE, host_to_device=1e3), model(per_token=0), [Length(8, 4)], cost=COST)
+    assert found.busy_seconds[HOST_TO_DEVICE] == pytest.approx((8 + 9 + 10) * 10 / 1e3)
 
 
 def test_micro_batches_read_the_weights_again():
@@ -96,9 +131,49 @@ def test_passes_that_are_alike_are_not_made_one_by_one(lengths):
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_llama):
-    from penstock.offload.tiers import MemoryTiers
+def kernels(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
 
+
+@settings(max_examples=30, deadline=None)
+@given(
+    LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([0, 30]),
+    st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
+)  # fmt: skip
+def test_its_homes_take_what_the_real_ones_take(kernels, lengths, device, host, besides, windows):
+    cost = KVCost(10, besides, 4, windows)
+    ends = [one.prompt + one.generated for one in lengths]
+    plan = make_plan_of(kv_nbytes=device, kv_host_nbytes=host)
+    numbers = {layer: window for layer, (window, _) in enumerate(windows)}
+    store = open_kv(limit_nbytes=device, cost=cost, windows=numbers)
+    with KVHomes(store, cost=cost, host_nbytes=host, kernel_directory=kernels) as real:
+        real.prepare(ends)
+        room = module._Homes(plan, cost, ends)
+        for number, length in enumerate(ends):
+            refused = [isinstance(refusal(one, length), BudgetError) for one in (room, real)]
+            assert refused[0] == refused[1]
+            if not real.fits(length, most=length):
+                continue
+            if number == 0 or not windows:  # how stores of windows share a limit is not foreseen to the block
+                assert room.fits(length, most=length)
+            if room.fits(length, most=length):
+                for one in (room, real):
+                    one.acquire(number, num_tokens=length, most=length)
+                if not windows:
+                    assert room.home_of(number) is real.home_of(number)
+        for number in room._homes:
+            real.release(number)
+
+
+def refusal(room, length):
+    try:
+        room.check(length, "it")
+    except BudgetError as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama):
     tiers = MemoryTiers(device="1MiB", host="200KiB")
     with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16) as made:
         yield made
@@ -118,3 +193,16 @@ def test_it_makes_the_passes_that_the_engine_makes(llm, lengths):
     run = llm.last_run
     assert (found.passes, found.peak_sequences) == (run.num_passes, run.peak_sequences)
     assert found.generated_tokens == run.generated_tokens
+
+
+def test_it_makes_the_passes_that_two_homes_make(tiny_llama, kernels):
+    lengths = [Length(5 + 7 * number % 30, 3 + number % 5) for number in range(14)]
+    tiers = MemoryTiers(device="520KiB", host="400KiB", kv_host="150KiB")
+    with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16, kernel_directory=kernels) as llm:
+        params = [SamplingParams(max_tokens=one.generated, temperature=0.0, ignore_eos=True) for one in lengths]
+        llm.generate([[7] * one.prompt for one in lengths], params)
+        found = llm.foresee(replace(MACHINE, host_read=1e9), lengths)
+        run = llm.last_run
+        hosted = llm._homes.statistics().attention_seconds
+    assert hosted > 0
+    assert (found.passes, found.peak_sequences) == (run.num_passes, run.peak_sequences)

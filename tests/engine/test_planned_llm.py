@@ -9,6 +9,7 @@ from made_profile import make_disk, make_profile
 from penstock.cli.main import main
 from penstock.engine.forecast import Length
 from penstock.engine.llm import LLM
+from penstock.engine.sampling_params import SamplingParams
 from penstock.offload.hardware import profile_path
 from penstock.offload.tiers import MemoryTiers, Tier
 
@@ -35,6 +36,26 @@ def test_few_requests_get_layers_and_many_get_room(tiny_llama, hardware):
             assert llm.last_run.forecast.generated_tokens == 8 * len(expects)
             assert "forecast" in llm.last_run.explain()
     assert counts[0] > counts[1]
+
+
+@pytest.mark.parametrize(("kv_host", "is_used"), [(None, True), (0, False)])
+def test_host_ram_takes_the_keys_of_those_that_the_device_has_no_room_for(
+    tiny_llama, hardware, tmp_path, kv_host, is_used
+):
+    """By forecast, unless the caller has said how much; tokens are the same."""
+    prompts, params = [[5, 6, 7 + number] * 20 for number in range(20)], SamplingParams(max_tokens=12, ignore_eos=True)
+    expects = [Length(60, 12)] * 20
+    tiers = MemoryTiers(device="580KiB", host="8MiB", kv_host=kv_host)
+    with LLM(tiny_llama, device="cpu", tiers=MemoryTiers(device="2MiB", host="8MiB")) as llm:
+        wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    options = {"hardware": hardware, "expects": expects, "kernel_directory": tmp_path}
+    with LLM(tiny_llama, device="cpu", tiers=tiers, **options) as llm:
+        assert (llm.plan.kv_host_nbytes > 0) == is_used
+        assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == wanted
+        report = llm.last_run
+        assert (llm._homes.statistics().attention_seconds > 0) == is_used
+        assert ("in host RAM" in llm.outlook().split(" for keys and values")[1]) == is_used
+        assert report.peak_sequences == report.forecast.peak_sequences
 
 
 @pytest.mark.parametrize("expects", [[], [Length(100_000, 1)]], ids=["nothing", "what never fits"])

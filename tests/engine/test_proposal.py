@@ -38,7 +38,7 @@ def test_twenty_budgets(shape):
             assert last == float("inf"), "what fits less fits more"
             continue
         assert made.plan.device_nbytes <= asked.tiers.device
-        assert made.plan.host_nbytes <= asked.tiers.host
+        assert made.plan.host_nbytes + made.plan.kv_host_nbytes <= asked.tiers.host
         assert made.plan.kv_nbytes >= 0
         assert made.forecast.seconds <= 1.01 * last
         last = made.forecast.seconds
@@ -114,9 +114,10 @@ def test_budgets_are_the_shares_that_a_run_takes():
     assert (tiers.device, tiers.host) == (gpu.device_nbytes * 9 // 10, gpu.host_nbytes * 8 // 10)
     tiers = budgets_of(cpu)
     assert (tiers.device, tiers.host) == (cpu.host_nbytes // 2, cpu.host_nbytes // 2 * 8 // 10)
-    assert budgets_of(gpu, device="1GiB", host="2GiB", nvme="0").nvme == 0
+    said = budgets_of(gpu, device="1GiB", host="2GiB", nvme="0", kv_host="1GiB")
+    assert (said.nvme, said.kv_host) == (0, GIB)
     for more in ({"device": "49GiB"}, {"host": "129GB"}):
-        with pytest.raises(BudgetError, match="more than the machine has"):
+        with pytest.raises(BudgetError, match="more than there is for it"):
             budgets_of(gpu, **more)
     with pytest.raises(BudgetError, match="is not known"):
         budgets_of(replace(gpu, device_nbytes=None))

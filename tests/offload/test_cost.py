@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_plan import make_plan_of
 
 from penstock.errors import ProfileError
-from penstock.offload.cost import COMPUTING, HOST_TO_DEVICE, NVME_TO_HOST, Machine, PassCost, pass_cost
+from penstock.offload.cost import COMPUTING, HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, Machine, PassCost, pass_cost
 
 MACHINE = Machine(host_to_device=50e9, nvme_to_host=2e9, flops=100e12, device_memory=1e12)
 
@@ -20,6 +22,21 @@ def test_computing_reads_or_multiplies_whichever_takes_longer():
     plan = make_plan_of()
     assert pass_cost(plan, MACHINE, flops=100e12, weight_nbytes=3e12).seconds == 3.0
     assert pass_cost(plan, MACHINE, flops=400e12, weight_nbytes=3e12).seconds == 4.0
+
+
+def test_keys_and_values_in_host_ram():
+    """A processor reads them beside the link, and a processor that is the device computes nothing meanwhile."""
+    machine = replace(MACHINE, host_read=100e9)
+    busy = pass_cost(make_plan_of(), machine, flops=100e12, weight_nbytes=0, host_kv_nbytes=200e9).busy
+    assert (busy[COMPUTING], busy[HOST_ATTENTION]) == (1.0, 2.0)
+    streaming = make_plan_of(host_nbytes=1)
+    busy = pass_cost(streaming, machine, flops=0, weight_nbytes=0, host_kv_nbytes=60e9, copied_kv_nbytes=50e9).busy
+    assert busy[HOST_ATTENTION] == pytest.approx(1.0)
+    assert busy[HOST_TO_DEVICE] == pytest.approx(1.0)
+    on_cpu = replace(machine, on_cpu=True)
+    busy = pass_cost(make_plan_of(), on_cpu, flops=100e12, weight_nbytes=0, host_kv_nbytes=200e9).busy
+    assert busy[COMPUTING] == 3.0
+    assert HOST_ATTENTION not in busy
 
 
 @pytest.mark.parametrize("missing", ["host_to_device", "nvme_to_host", "flops", "device_memory"])

@@ -155,6 +155,18 @@ def test_the_host_budget_is_for_layers_and_keys_together(shape, device, host, kv
         assert made.workspace_nbytes == shape.workspace_of(made.micro_batch_tokens, made.pass_tokens) + parked + scores
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_is_of_what_layers_leave_and_a_size_that_was_asked_for_comes_first(share):
+    limits = replace(LIMITS, kv_host_share=share)
+    made = make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=2000), limits)
+    assert made.kv_host_nbytes == int((2000 - made.host_nbytes) * share)
+    assert made.nvme_nbytes == 0
+    full = make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=100), limits)
+    assert (full.host_nbytes, full.kv_host_nbytes) == (100, 0)
+    asked = make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=2000, kv_host=30), limits)
+    assert asked == make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=2000, kv_host=30), LIMITS)
+
+
 def test_more_keys_and_values_than_host_memory_are_refused():
     with pytest.raises(BudgetError, match=r"wanted at most 100 B, got 101 B\. Raise the host memory"):
         make_plan(shape(), MemoryTiers(device=SCORES + 1000, host=100, kv_host=101), LIMITS)

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
+from penstock.engine.blueprints import ROUTERS
 from penstock.engine.model.build import load_config, outline
 from penstock.engine.model.conversion import parameter_dtypes, stored_tensors
-from penstock.engine.model.selection import ROUTERS
 from penstock.engine.model.weights import read_json
 from penstock.engine.quantised.recognise import read_scheme
 from penstock.engine.quantised.scheme import Scheme

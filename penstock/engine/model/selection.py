@@ -7,14 +7,12 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from penstock.engine.blueprints import ROUTERS
 from penstock.engine.model.build import StreamedModel
 from penstock.engine.model.conversion import group_weights
 from penstock.engine.model.placement import Sources
 
-__all__ = ["ROUTERS", "linear_weights"]
-
-ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
-"""Names of modules that choose experts: small, and a wrong choice costs more than a coarse weight."""
+__all__ = ["linear_weights"]
 
 
 def linear_weights(model: StreamedModel, tensors: Sources) -> frozenset[str]:

@@ -6,24 +6,31 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
+from quantised_checkpoints import awq, fp8, gptq, make, mxfp4
 from test_model_dummy import PARAMETERS
 from tiny_models import make_config, save_checkpoint
 
-from penstock.engine.anatomy import SHAPES, anatomy_of, parameters_in, shape_directory, with_stored
+from penstock.engine.anatomy import SHAPES, anatomy_of, parameters_in, quantised_by, shape_directory, with_stored
 from penstock.engine.blueprints import BLUEPRINTS, Part
 from penstock.engine.executor import Executor
 from penstock.engine.flops import count, count_flops
 from penstock.engine.model.build import load_config, load_model, outline
 from penstock.engine.model.conversion import parameter_dtypes
+from penstock.engine.model.dummy import dummy_checkpoint
 from penstock.engine.rehearsal import dissect, rehearse
 from penstock.engine.sampler import Sampler
-from penstock.errors import ConfigError, MissingFileError, ModelError
+from penstock.errors import ConfigError, MissingFileError, ModelError, UnsupportedFormatError
 from penstock.offload.codec import PackOptions
+from penstock.offload.kv_dtype import KV_DTYPES, row_nbytes
+from penstock.offload.kv_rows import encode
 
 ROOT = Path(__file__).parents[3]
 NAMES = sorted(os.listdir(SHAPES))
@@ -32,7 +39,7 @@ NAMES = sorted(os.listdir(SHAPES))
 def built(directory):
     """Return the parameters of the units of transformers' own module, by number, the resident unit under -1."""
     config = load_config(directory)
-    made = outline(config, directory, dtype="auto", tensors={})
+    made = outline(config, directory, dtype="auto")
     dtypes = parameter_dtypes(made.module, made.dtype)
     units = defaultdict(list)
     for name, tensor in made.module.state_dict().items():
@@ -88,12 +95,32 @@ def test_a_family_costs_what_a_rehearsal_measures(checkpoint):
     wanted = rehearse(model, Executor(model.layers), sampler_nbytes=sampler.nbytes)
     anatomy = anatomy_of(checkpoint)
     found = with_stored(anatomy, checkpoint).shape(on_cpu=True)
-    for name in ("resident_nbytes", "fixed_nbytes", "layer_nbytes", "wire_nbytes", "kv_token_nbytes"):
+    for name in ("resident_nbytes", "fixed_nbytes", "layer_nbytes", "wire_nbytes", "kept_nbytes"):
         assert getattr(found, name) == getattr(wanted, name), name
-    assert found.kv_sequence_nbytes == wanted.kv_sequence_nbytes
+    assert found.kv_cost == wanted.kv_cost
+    assert found.kv_windows == wanted.kv_windows
     assert anatomy.flops == count_flops(model)
     assert 0.98 * wanted.workspace_nbytes <= found.workspace_nbytes <= 2.5 * wanted.workspace_nbytes
     assert 0.98 * wanted.held_nbytes <= found.held_nbytes <= 2.5 * wanted.held_nbytes
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2"])
+def test_keys_and_values_rest_in_what_a_rehearsal_measures(tmp_path, name, kv_dtype):
+    settings = {"head_dim": 44} if name == "gpt_oss" else {"num_attention_heads": 2}  # groups that are not whole
+    save_checkpoint(make_config(FAMILIES[name] | settings, name), tmp_path)
+    model = load_model(tmp_path)
+    wanted = rehearse(model, Executor(model.layers), sampler_nbytes=0, kv_dtype=kv_dtype)
+    found = anatomy_of(tmp_path, kv_dtype=kv_dtype).shape(on_cpu=True)
+    assert found.kv_cost == wanted.kv_cost
+    assert (found.kv_windows, found.kv_dtype) == (wanted.kv_windows, kv_dtype)
+    assert found.workspace_nbytes >= 0.98 * wanted.workspace_nbytes
+
+
+@given(st.integers(1, 300), st.sampled_from(KV_DTYPES))
+def test_a_row_rests_in_what_the_code_makes_of_it(size, kv_dtype):
+    rows = encode(torch.empty(1, 1, size, dtype=torch.float16), kv_dtype)
+    assert row_nbytes(size, kv_dtype, itemsize=2) == rows.nbytes
 
 
 WIDE = {
@@ -113,8 +140,6 @@ WIDE = {
 
 @pytest.mark.parametrize("name", WIDE)
 def test_activations_of_shapes_are_an_upper_estimate(tmp_path, name):
-    from penstock.engine.model.dummy import dummy_checkpoint
-
     config = json.loads((SHAPES / name / "config.json").read_text())
     config |= {"num_hidden_layers": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config |= {"layer_types": config["layer_types"][:2]} if "layer_types" in config else {}
@@ -124,7 +149,8 @@ def test_activations_of_shapes_are_an_upper_estimate(tmp_path, name):
         wanted = rehearse(model, Executor(model.layers), sampler_nbytes=0)
     found = anatomy_of(tmp_path).shape(on_cpu=True)
     assert found.layer_nbytes == wanted.layer_nbytes
-    assert found.kv_token_nbytes == wanted.kv_token_nbytes
+    assert found.kv_cost == wanted.kv_cost
+    assert found.kv_windows == wanted.kv_windows
     assert wanted.workspace_nbytes <= found.workspace_nbytes <= 1.5 * wanted.workspace_nbytes
     assert wanted.held_nbytes <= found.held_nbytes <= 1.5 * wanted.held_nbytes
 
@@ -157,6 +183,66 @@ def test_packed_weights(tmp_path, codec):
         assert told.nbytes == pytest.approx(layout.nbytes, rel=0.04)
 
 
+QUANTISED = {
+    "deepseek-v3-fp8": WIDE["deepseek-v3"],
+    "kimi-k2-fp8": WIDE["deepseek-v3"],
+    "gpt-oss-120b-mxfp4": WIDE["gpt-oss-120b"] | {"hidden_size": 704},
+}
+
+
+def test_every_quantised_shape_is_checked():
+    assert set(QUANTISED) == {name for name in NAMES if quantised_by(SHAPES / name)}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_shape_travels_and_rests_as_the_made_up_checkpoint_does(tmp_path, name):
+    config = json.loads((SHAPES / name / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config |= {"layer_types": config["layer_types"][:2]} if "layer_types" in config else {}
+    (tmp_path / "config.json").write_text(json.dumps(config | QUANTISED[name]))
+    with dummy_checkpoint(tmp_path, scratch=tmp_path, distinct=1) as made:
+        model = load_model(tmp_path, checkpoint=made)
+        wanted = rehearse(model, Executor(model.layers), sampler_nbytes=0)
+    anatomy = with_stored(anatomy_of(tmp_path), tmp_path)
+    found = anatomy.shape(on_cpu=True)
+    for field in ("resident_nbytes", "layer_nbytes", "wire_nbytes", "kept_nbytes", "kv_windows", "kv_cost"):
+        assert getattr(found, field) == getattr(wanted, field), field
+    assert found.wire_nbytes[-1] < 0.6 * found.kept_nbytes[-1]
+    assert anatomy.flops == count_flops(model)
+    assert "cannot be packed" in anatomy.why_not_coded("int4")
+
+
+@pytest.mark.parametrize(
+    ("name", "quantised", "packer", "only"),
+    [
+        ("deepseek_v3", {"quant_method": "fp8", "weight_block_size": [16, 16]}, partial(fp8, block=(16, 16)), None),
+        ("gpt_oss", {"quant_method": "mxfp4"}, mxfp4, lambda name, _: name.endswith("_proj") and "experts" in name),
+        ("llama", {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
+         partial(gptq, group_size=32), None),
+        ("qwen3_moe", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+         partial(awq, group_size=32), None),
+    ],
+)  # fmt: skip
+def test_headers_of_a_quantised_checkpoint(tmp_path, name, quantised, packer, only):
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path / "plain", dtype=torch.bfloat16)
+    made = make(tmp_path / "plain", tmp_path, quantised, packer, only=only)
+    model = load_model(made.path)
+    anatomy = with_stored(anatomy_of(made.path), made.path)
+    assert anatomy.quantised == quantised["quant_method"]
+    for layout, unit in zip(model.layer_layouts, anatomy.layers, strict=True):
+        assert (unit.wire_nbytes, unit.nbytes) == (layout.wire_nbytes, layout.nbytes)
+    assert anatomy.shape(on_cpu=True).kept_nbytes == tuple(one.parameter_nbytes for one in model.layer_layouts)
+
+
+def test_what_only_headers_tell_is_refused_by_name(tmp_path):
+    raw = make_config(FAMILIES["llama"], "llama").to_dict()
+    for method, match in (("gptq", "gptq take is not known from the config"), ("quip", "quip, which is not supported")):
+        raw["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128, "desc_act": False}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(UnsupportedFormatError, match=match):
+            with_stored(anatomy_of(tmp_path), tmp_path)
+
+
 def test_a_family_without_a_blueprint_is_built_and_run_once(tmp_path):
     save_checkpoint(make_config(FAMILIES["gpt2"], "gpt2"), tmp_path)
     assert anatomy_of(tmp_path) is None
@@ -165,6 +251,17 @@ def test_a_family_without_a_blueprint_is_built_and_run_once(tmp_path):
     shape = found.shape(on_cpu=True)
     assert shape.layer_nbytes == tuple(layout.nbytes for layout in model.layer_layouts)
     assert shape.kv_token_nbytes == 4 * 4 * 2 * 64
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), [("gpt_neo", "auto"), ("gpt_neo", "int8"), ("qwen3_next", "int4")])
+def test_what_is_built_and_run_once_keeps_what_a_rehearsal_measures(tmp_path, name, kv_dtype):
+    save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
+    model = load_model(tmp_path)
+    wanted = rehearse(model, Executor(model.layers), sampler_nbytes=0, kv_dtype=kv_dtype)
+    found = dissect(tmp_path, kv_dtype=kv_dtype).shape(on_cpu=True)
+    for field in ("kv_cost", "kv_windows", "kv_dtype", "kept_nbytes", "layer_nbytes"):
+        assert getattr(found, field) == getattr(wanted, field), field
+    assert wanted.workspace_nbytes <= found.workspace_nbytes <= wanted.workspace_nbytes + 4
 
 
 def test_weights_of_another_model_are_not_believed(tmp_path):
