@@ -1,15 +1,16 @@
 """A CUDA device for machines without one: its tensors say that they are on `cuda` and compute on the CPU.
 
-It shows what a CPU device cannot: operations that mix devices, those that wait for the GPU, and copies that arrive late.
-A copy to pinned memory arrives when an event after it is waited for, and until then the memory is full of 0xFF bytes; what
-is copied from pinned memory must still be the same then. Values are the CPU's, so results can be compared.
+It shows what a CPU device cannot: operations that mix devices, those that wait for the GPU, and copies that arrive
+late. A copy to pinned memory arrives when an event after it is waited for, and until then the memory is full of 0xFF
+bytes; what is copied from pinned memory must still be the same then. Values are the CPU's, so results can be compared.
+There is one stream.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,13 +62,14 @@ class There(Tensor):
         if func is Tensor.to:
             return _to(*args, **kwargs)
         if func in _LEAVES:
-            raise DeviceError(f"{func.__name__} waits for the device")
+            STREAM.drain(func.__name__)
+            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
         if func is Tensor.copy_:
             return _copy(*args, **kwargs)
         if func is Tensor.data_ptr:
             return args[0].memory.data_ptr()
         if func in {Tensor.__getitem__, Tensor.__setitem__} and _num_truths(args[1]):
-            raise DeviceError("an index of truths waits for the device")
+            STREAM.drain("an index of truths")
         if func is scaled_dot_product_attention:  # made of many operations, some of which make tensors
             _check_together(func, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
             return There(func(*tree_map(_real, args), **tree_map(_real, kwargs)))
@@ -86,6 +88,20 @@ class Stream:
         self._waiting: list[tuple[Tensor, Tensor, bool]] = []
         self._done = 0
         self.num_late = 0
+        self.may_wait = False
+
+    def drain(self, what: str) -> None:
+        """Let everything end because of `what`, if that may be."""
+        if not self.may_wait:
+            raise DeviceError(f"{what} waits for the device")
+        self.wait(self.issued())
+
+    def wait_event(self, event: Any) -> None:
+        """There is one stream, so it waits for nothing."""
+
+    def synchronize(self) -> None:
+        """Wait for everything."""
+        self.wait(self.issued())
 
     def copy_back(self, memory: Tensor, rows: Tensor) -> None:
         """Let `rows` arrive in host memory later."""
@@ -141,6 +157,7 @@ class Event:
 
 STREAM = Stream()
 _pinned: dict[int, Tensor] = {}
+_registered: dict[int, int] = {}
 
 
 class _ToCuda(TorchFunctionMode):
@@ -160,13 +177,55 @@ def pretend_cuda(monkeypatch: Any) -> Iterator[Stream]:
     """Enter to have the device `cuda` in this thread; others may work with host memory, and wait for events."""
     global STREAM  # noqa: PLW0603
     STREAM = Stream()
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: STREAM)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    here = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
+        "max_memory_allocated": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: STREAM.synchronize(),
+        "cudart": lambda: _Runtime,
+        "Event": Event,
+        "Stream": lambda device=None: STREAM,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: STREAM,
+        "get_device_capability": lambda device=None: (7, 5),
+    }
+    for name, value in here.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(threading.Thread, "run", _run_there(threading.Thread.run))
     with _ToCuda(), _OnCuda():
         yield STREAM
     _pinned.clear()
+    _registered.clear()
+
+
+def _run_there(run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """Return what threads that start from now on run: the same, with the device."""
+
+    def inside(thread: threading.Thread) -> None:
+        with _ToCuda(), _OnCuda():
+            run(thread)
+
+    return inside
+
+
+class _Runtime:
+    """The functions of CUDA's library that take memory of the host for copies."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        _registered[address] = nbytes
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:  # noqa: N802
+        _registered.pop(address, None)
+        return 0
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,7 +242,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs["device"] = torch.device("cpu")
     if any(there):
         if name in _WAITS:
-            raise DeviceError(f"{name} waits for the device")
+            STREAM.drain(name)
         _check_together(func, tensors)
     made = func(*tree_map(_real, args), **tree_map(_real, kwargs))
     written = func._schema.arguments[0].alias_info if args else None
@@ -201,14 +260,16 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         _real(into).copy_(_real(source))
     elif isinstance(into, There):
         if source.dim() and not non_blocking:
-            raise DeviceError("a copy to the device waits for it")
+            STREAM.drain("a copy to the device")
         into.memory.copy_(source)
         if _is_pinned(source):
             STREAM.copy_there(source)
     else:
-        if not non_blocking or not _is_pinned(into):
-            raise DeviceError("a copy from the device waits for it")
-        STREAM.copy_back(into, _real(source).to(into.dtype).expand(into.shape))
+        if non_blocking and _is_pinned(into):
+            STREAM.copy_back(into, _real(source).to(into.dtype).expand(into.shape))
+        else:
+            STREAM.drain("a copy from the device")
+            into.copy_(_real(source))
     return into
 
 
@@ -222,7 +283,9 @@ def _to(source: Tensor, *args: Any, non_blocking: bool = False, **options: Any) 
     if not devices or (devices[0].type == "cuda") == isinstance(source, There):
         return source if made is _real(source) else There(made) if isinstance(source, There) else made
     if devices[0].type != "cuda" or not non_blocking:
-        raise DeviceError("a copy between the CPU and the device waits for it")
+        STREAM.drain("a copy between the CPU and the device")
+    if devices[0].type != "cuda":
+        return made.clone()
     if _is_pinned(source):
         STREAM.copy_there(source)
     return There(made.clone())
@@ -235,11 +298,6 @@ def _real(value: Any) -> Any:
 def _bytes(tensor: Tensor) -> Tensor:
     assert tensor.is_contiguous(), "copies are of memory that is one piece"
     return tensor.view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
-
-
-def pin(memory: Tensor) -> None:
-    """Let host memory count as registered with the device."""
-    _pinned[memory.untyped_storage()._cdata] = memory
 
 
 def on_memory(function: Callable[..., None]) -> Callable[..., None]:
@@ -255,6 +313,8 @@ def on_memory(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _is_pinned(tensor: Tensor) -> bool:
+    if any(start <= tensor.data_ptr() < start + nbytes for start, nbytes in _registered.items()):
+        return True
     return tensor.untyped_storage()._cdata in _pinned
 
 

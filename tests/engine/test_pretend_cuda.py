@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from greenlet import greenlet
-from pretend_cuda import There, on_memory, pin, pretend_cuda
+from pretend_cuda import There, on_memory, pretend_cuda
 from torch import Tensor
 
 from penstock.engine.batch import CURRENT, MicroBatch, Span
@@ -83,8 +83,6 @@ def run(device: str, kv_dtype: str, name: str, *, hosted: bool, shared: int | No
         home = stack.enter_context(KVHomes(store, cost=cost, host_nbytes=cost.of(40) * 4 if hosted else 0, **options))
         for sequence in "abc":
             home.acquire(sequence, num_tokens=10 if sequence == "a" else 32)
-        if hosted and device == "cuda":
-            pin(home.store_of("a").store._pool)
         values = dict(RULES[name])
         if "sinks" in values:
             values["sinks"] = torch.tensor(values["sinks"]).to(device, non_blocking=True)
