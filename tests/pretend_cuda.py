@@ -164,7 +164,11 @@ class _ToCuda(TorchFunctionMode):
     """Sees what is asked of tensors of the CPU too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _to(*args, **(kwargs or {})) if func is Tensor.to else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "cuda":
+            STREAM.drain("torch.tensor")
+            return There(func(*args, **{**kwargs, "device": "cpu"}))
+        return _to(*args, **kwargs) if func is Tensor.to else func(*args, **kwargs)
 
 
 class _OnCuda(TorchDispatchMode):
@@ -197,6 +201,7 @@ def pretend_cuda(monkeypatch: Any) -> Iterator[Stream]:
     }
     for name, value in here.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in which wrappers from outside have no views
     monkeypatch.setattr(threading.Thread, "run", _run_there(threading.Thread.run))
     with _ToCuda(), _OnCuda():
         yield STREAM
