@@ -249,6 +249,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _WAITS:
             STREAM.drain(name)
         _check_together(func, tensors)
+    if name == "histc" and any(there):
+        args = (args[0].to(torch.float32), *args[1:])  # a GPU's takes integers too
     made = func(*tree_map(_real, args), **tree_map(_real, kwargs))
     written = func._schema.arguments[0].alias_info if args else None
     if written is not None and written.is_write:
