@@ -53,7 +53,7 @@ def attend_paged(
     sequence_nbytes = 4 * num_heads * num_parts * (value_size + 1)
     size = min(max(workspace_nbytes // sequence_nbytes, 1) if several else query.shape[0], MAX_SEQUENCES)
     if query.shape[2] % 16:  # else strides would depend on the number of tokens, and code on whether 16 divides them
-        query = query.contiguous()
+        query = query.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves one sequence's strides alone
     with torch.cuda.device_of(query):
         for first in range(0, query.shape[0], size):
             part = slice(first, first + size)

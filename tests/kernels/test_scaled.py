@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from penstock.kernels.forms import Form
 from penstock.kernels.scaled import Matrix, decode, decode_reference
 
-SHAPES = [(1, 1), (3, 7), (5, 200), (70, 130), (300, 512)]
+SHAPES = [(1, 1), (3, 7), (5, 200), (70, 9), (70, 130), (300, 512)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 FORMS = {
     "fp8 blocks": Form("e4m3", 8, (128, 128)),
@@ -117,26 +119,34 @@ def test_every_4_bit_float_and_every_power_of_two() -> None:
     assert out[0, 255].isnan().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gpu_decodes_the_same_bits(dtype: torch.dtype) -> None:
+def test_the_gpu_decodes_the_same_bits(triton_device: str, dtype: torch.dtype) -> None:
     """Parts of a strided batch, in one launch; values as they are and transposed; nothing beside them is written."""
+    on_cuda = triton_device == "cuda"
+    if dtype == torch.bfloat16 and not on_cuda:
+        pytest.skip("Triton's interpreter cuts where a GPU rounds")
 
     def strided(part: Tensor | None) -> Tensor | None:
         if part is None:
             return None
-        room = torch.zeros(2, part[0].numel() * part.element_size() + 256, dtype=torch.uint8, device="cuda")
+        room = torch.zeros(2, part[0].numel() * part.element_size() + 256, dtype=torch.uint8, device=triton_device)
         flat = room[:, : part[0].numel() * part.element_size()].view(part.dtype)
         flat.copy_(part.flatten(1))
         return flat.unflatten(1, part.shape[1:])
 
     for form, parts, (rows, columns) in cases():
+        if not on_cuda and rows * columns > 1000:
+            continue  # the interpreter would take minutes
         wanted = referred(form, parts, torch.empty(2, rows, columns, dtype=dtype))
-        moved = [strided(part) for part in parts]
+        moved: Any = [strided(part) for part in parts]
         for turned in (False, True):
-            room = torch.zeros(2, rows * columns + 64, dtype=dtype, device="cuda")
+            room = torch.zeros(2, rows * columns + 64, dtype=dtype, device=triton_device)
             out = room[:, : rows * columns]
             out = out.unflatten(1, (columns, rows)).transpose(1, 2) if turned else out.unflatten(1, (rows, columns))
-            decode(form, *moved, out=out)  # type: ignore[arg-type]
+            if on_cuda:
+                decode(form, *moved, out=out)
+            else:
+                importlib.import_module("penstock.kernels.scaled_triton").decode(form, Matrix.of(form, *moved), out)
             assert same(out.cpu(), wanted), (form, rows, columns, turned)
             assert not room[:, rows * columns :].any()
