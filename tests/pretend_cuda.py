@@ -271,12 +271,11 @@ def _copy(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         into.memory.copy_(source)
         if _is_pinned(source):
             STREAM.copy_there(source)
+    elif non_blocking and _is_pinned(into):
+        STREAM.copy_back(into, _real(source).to(into.dtype).expand(into.shape))
     else:
-        if non_blocking and _is_pinned(into):
-            STREAM.copy_back(into, _real(source).to(into.dtype).expand(into.shape))
-        else:
-            STREAM.drain("a copy from the device")
-            into.copy_(_real(source))
+        STREAM.drain("a copy from the device")
+        into.copy_(_real(source))
     return into
 
 
