@@ -59,15 +59,11 @@ class There(Tensor):
         kwargs = kwargs or {}
         if func in _DEVICE:
             return _DEVICE[func]
-        if func is Tensor.to:
-            return _to(*args, **kwargs)
+        if func in _OURS:
+            return _OURS[func](*args, **kwargs)
         if func in _LEAVES:
             STREAM.drain(func.__name__)
             return func(*tree_map(_real, args), **tree_map(_real, kwargs))
-        if func is Tensor.copy_:
-            return _copy(*args, **kwargs)
-        if func is Tensor.data_ptr:
-            return args[0].memory.data_ptr()
         if func in {Tensor.__getitem__, Tensor.__setitem__} and _num_truths(args[1]):
             STREAM.drain("an index of truths")
         if func is scaled_dot_product_attention:  # made of many operations, some of which make tensors
@@ -295,6 +291,9 @@ def _to(source: Tensor, *args: Any, non_blocking: bool = False, **options: Any) 
     if _is_pinned(source):
         STREAM.copy_there(source)
     return There(made.clone())
+
+
+_OURS = {Tensor.to: _to, Tensor.copy_: _copy, Tensor.data_ptr: lambda there: there.memory.data_ptr()}
 
 
 def _real(value: Any) -> Any:

@@ -82,13 +82,20 @@ class KVCost:
                 fix="Give the device more memory, or ask for fewer tokens.",
             )
 
+    def fitting(self, nbytes: int, lengths: Sequence[int]) -> list[int]:
+        """Return those of the lengths that have room in `nbytes` bytes; sequences of others are elsewhere."""
+        return [length for length in lengths if self.of(length) <= nbytes]
+
     def besides(self, nbytes: int, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> int:
         """Return how much of `nbytes` bytes is left for what sequences of these lengths need besides their blocks.
 
-        The longest of them fits, if it fits at all. Where they may end sooner, with the `least` lengths, there will be
-        more of them at once, and one part in `SPARE` may be left for that. `num_elsewhere` more that have their blocks
-        elsewhere get at most half.
+        The longest of them that fits at all does; if none does, all that is here is for what they need besides. Where
+        they may end sooner, with the `least` lengths, there will be more of them at once, and one part in `SPARE` may
+        be left for that. `num_elsewhere` more that have their blocks elsewhere get at most half.
         """
+        lengths = self.fitting(nbytes, lengths)
+        if not lengths:
+            return nbytes if self.sequence_nbytes else 0
         elsewhere = min(num_elsewhere * self.sequence_nbytes, nbytes // 2, nbytes - max(map(self.of, lengths)))
         elsewhere = max(elsewhere, 0)
         return elsewhere + self._besides_here(nbytes - elsewhere, lengths, least)

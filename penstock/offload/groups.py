@@ -50,7 +50,7 @@ class KVGroups:
         self._cost = cost
         self._windows = dict(windows)
         self._parts = cost.parts()
-        self._besides = 0
+        self._besides = limit_nbytes
         self._states: dict[Hashable, dict[int, tuple[Any, int]]] = {}
         self._peak = 0
         self._closed = False
@@ -64,13 +64,15 @@ class KVGroups:
 
     def prepare(self, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> None:
         """Divide the limit for sequences of these lengths, none of which is running yet, unless it nearly is."""
-        if not lengths or self._states or self._closed or self._cost.of(max(lengths)) > self._limit:
+        if not lengths or self._states or self._closed:
             return
         besides = self._cost.besides(self._limit, lengths, least=least, num_elsewhere=num_elsewhere)
-        needed = {window: part.of(max(lengths)) for window, part in self._parts.items()}
+        lengths = self._cost.fitting(self._limit, lengths)
+        needed = {window: part.of(max(lengths, default=0)) for window, part in self._parts.items()}
         usual = {window: sum(map(part.of, lengths)) for window, part in self._parts.items()}
         more = max(self._limit - besides - sum(needed.values()), 0)
-        wanted = {window: needed[window] + more * usual[window] // sum(usual.values()) for window in self._parts}
+        total = max(sum(usual.values()), 1)
+        wanted = {window: needed[window] + more * usual[window] // total for window in self._parts}
         there = {window: store.nbytes for window, store in self._stores.items()}
         enough = all(there[window] >= needed[window] and 10 * there[window] >= 9 * wanted[window] for window in there)
         if enough and 10 * (self._limit - sum(there.values())) >= 9 * besides:
@@ -86,6 +88,9 @@ class KVGroups:
         """Say whether a sequence of `num_tokens` tokens can be acquired now."""
         if not self._states:
             return self._cost.of(num_tokens) <= self._limit
+        return self._has_room(num_tokens)
+
+    def _has_room(self, num_tokens: int) -> bool:
         besides = (len(self._states) + 1) * self._cost.sequence_nbytes
         return besides <= self._besides and all(store.fits(num_tokens) for store in self._stores.values())
 
@@ -106,7 +111,7 @@ class KVGroups:
         if self._closed:
             raise ClosedError("the store of keys and values is closed")
         assert self.fits(num_tokens), "sequences start only when they fit"
-        if not all(store.fits(num_tokens) for store in self._stores.values()):
+        if not self._has_room(num_tokens):
             self.prepare((num_tokens,))
         for store in self._stores.values():
             store.acquire(sequence, num_tokens=num_tokens)

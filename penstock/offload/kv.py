@@ -210,7 +210,8 @@ class KVStore:
         wanted = self._cost.divide(self._limit, lengths, least=least, num_elsewhere=num_elsewhere)
         there = self._allocator.num_blocks
         left, wanted_left = (self._limit - blocks * self._cost.block_nbytes for blocks in (there, wanted))
-        if there >= max(map(self._blocks_of, lengths)) and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
+        needed = max(map(self._blocks_of, self._cost.fitting(self._limit, lengths)), default=0)
+        if there >= needed and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
             return
         self.limit(self._limit)  # the old pool goes before the next one is made
         self._pool = self._allocate(wanted * self._cost.block_nbytes)

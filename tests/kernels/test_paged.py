@@ -186,7 +186,7 @@ def test_the_kernel_reads_small_rows(triton_device, name, lengths, heads, sizes,
     if code == "fp8" and triton_device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no float8")
     case = Case(lengths, heads, sizes, dtype=dtype, latent=sizes[0] > 256, code=code)
-    rule = Rule(0.3, **RULES[name])
+    rule = Rule(0.3 if sizes[0] <= 128 else 0.1, **RULES[name])  # decoded keys are rounded, and scores add that up
     kernel = kernel_for(case, rule, triton_device)
     assert kernel is not None
     made = case.run(kernel, rule, device=triton_device)

@@ -11,7 +11,7 @@ from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.offload.plan import make_plan
 
 MANY = [prompt[:length] for length in (90, 40, 21, 66, 30) for prompt in PROMPTS if length <= len(prompt)] * 2 + PROMPTS
-GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=2)
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=20)
 NEAR = 0.02
 """Log-likelihoods within which two tokens are as good: products of other shapes round otherwise."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -413,7 +414,7 @@ def test_a_weight_that_the_config_leaves_as_it_is(whole: Callable[[str], Path], 
     source = whole("int8")
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
-    quantised = {**CASES["int8"][1], "ignore": ["re:.*q_proj"]}
+    quantised = {**deepcopy(CASES["int8"][1]), "ignore": ["re:.*q_proj"]}
     edit(tmp_path, quantization_config=quantised)
     with pytest.raises(CheckpointError, match="and the config says that it is not"):
         load_model(tmp_path)
