@@ -1,16 +1,13 @@
 """A checkpoint of more than 6 GB runs inside a memory limit of 2 GiB that the kernel enforces."""
 
 import json
-import os
-import resource
 import shutil
 import subprocess
 import sys
-import uuid
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from memory_limits import memory_limit
 
 from penstock.io.limits import available_memory
 from penstock.offload.tiers import parse_size
@@ -37,32 +34,6 @@ def big(tmp_path_factory):
     shutil.rmtree(path)
 
 
-@contextmanager
-def memory_limit():
-    """Yield what to run before exec in a child to limit its memory, and a function that says what it took at most.
-
-    A memory control group of version 2 or 1 where one can be made; else the limit on private writable memory.
-    """
-    name = f"penstock-test-{uuid.uuid4().hex}"
-    for root, limit, peak in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
-    ):
-        group = root / name
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            if (group / limit).exists():
-                (group / limit).write_text(str(LIMIT))
-                yield lambda group=group: (group / "cgroup.procs").write_text(str(os.getpid())), group / peak
-                return
-        finally:
-            group.rmdir()
-    yield lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT)), None
-
-
 def generate(big, *memory, **options):
     command = [sys.executable, "-m", "penstock", "generate", big / "model", "--prompts", big / "prompts.jsonl"]
     command += ["--device", "cpu", "--max-tokens", "3", "--ignore-eos", "--json", *memory]
@@ -75,7 +46,7 @@ def generate(big, *memory, **options):
 @pytest.fixture(scope="module")
 def tokens(big):
     """The tokens of a run in 600 MiB of device memory and nothing else, inside the limit."""
-    with memory_limit() as (enter, peak):
+    with memory_limit(LIMIT) as (_, enter, peak):
         tokens, summary = generate(big, "--device-memory", "600MiB", "--host-memory", "0", preexec_fn=enter)
         assert peak is None or int(peak.read_text()) <= LIMIT
     assert summary["memory"]["peak_process_bytes"] <= 600 * 2**20 + CONSTANT

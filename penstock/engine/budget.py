@@ -17,6 +17,9 @@ from penstock.offload.tiers import MemoryTiers, format_size
 
 __all__ = ["check_rehearsal_fits", "find_device", "limits_of", "resolve"]
 
+LIBRARIES_NBYTES = 128 << 20
+"""What torch, transformers and the kernels' libraries take in RAM once they are used, at most, measured."""
+
 logger = logging.getLogger("penstock.engine")
 
 
@@ -60,13 +63,15 @@ def limits_of(device: torch.device, asked: Mapping[str, int]) -> PassLimits:
     return replace(LIMITS[device.type], **asked)
 
 
-def resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> MemoryTiers:
-    """Fill in what the caller left open, and refuse what is not there.
+def resolve(tiers: MemoryTiers, device: torch.device, *, staging_nbytes: int, pretended: bool) -> MemoryTiers:
+    """Fill in what the caller left open, and refuse what is not there. Raises BudgetError.
+
+    Of free RAM, what reads land in (`staging_nbytes`) and what libraries will take is for no budget.
 
     A pretended host budget, of a checkpoint whose layers share bytes, may be any: what is really taken is less, and
     checked when it is allocated.
     """
-    host = available_memory()
+    host = max(available_memory() - staging_nbytes - LIBRARIES_NBYTES, 0)
     on_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_cuda else host
     wanted = tiers.device if tiers.device is not None else free * 9 // 10 if on_cuda else free // 2
@@ -77,7 +82,7 @@ def resolve(tiers: MemoryTiers, device: torch.device, *, pretended: bool) -> Mem
             raise BudgetError(
                 f"the {name} memory budget is more than what is free",
                 wanted=format_size(asked),
-                got=f"{format_size(there)} free",
+                got=f"{format_size(there)} free, without what the process needs besides",
                 fix=f"Lower the {name} memory.",
             )
     kv_host = tiers.kv_host

@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+import psutil
 import torch
 
 from penstock.engine.budget import check_rehearsal_fits, find_device, limits_of, resolve
@@ -135,7 +136,9 @@ class LLM:
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
         budgets = MemoryTiers() if tiers is None or tiers == "auto" else tiers
-        known = resolve(budgets, self._device, pretended=checkpoint.shares_bytes)
+        known = resolve(
+            budgets, self._device, staging_nbytes=self._io.staging_nbytes, pretended=checkpoint.shares_bytes
+        )
         check_rehearsal_fits(self._model, self._device)
         self._sampler = Sampler(vocab_size=self._model.vocab_size, num_rows=SAMPLER_ROWS[self._device.type])
         self._shape = self._rehearse(known, limits, compile)
@@ -224,6 +227,8 @@ class LLM:
         self, checkpoint: Checkpoint, kernel_directory: Path | None, trace: Trace | None, cleanup: ExitStack
     ) -> None:
         """Take all memory that the plan says."""
+        on_cpu = self.plan.device_nbytes if self._device.type == "cpu" else 0
+        self._planned_nbytes = psutil.Process().memory_info().rss + on_cpu + self.plan.kv_host_nbytes
         options: dict[str, Any] = {"cost": self._kv_cost, "device": self._device, "kv_dtype": self._kv_dtype}
         windows = {layer.layer: layer.window for layer in self._shape.kv_windows}
         self._kv = open_kv(limit_nbytes=self.plan.kv_nbytes, windows=windows, **options)
@@ -241,6 +246,7 @@ class LLM:
                 checks=self._model.checks,
             )
         )
+        self._planned_nbytes += self._weights.host_nbytes
         self._executor.parked_tokens = self.plan.micro_batch_tokens
         self._executor.traced = self._weights.traced if trace else None
 
@@ -448,6 +454,7 @@ class LLM:
             peak_hosted=generation.peak_hosted,
             num_preemptions=generation.num_preemptions,
             recomputed_tokens=generation.recomputed_tokens,
+            planned_process_nbytes=self._planned_nbytes,
             peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,

@@ -13,7 +13,7 @@ from penstock.offload.cost import COMPUTING, NVME_TO_HOST
 from penstock.offload.homes import HomesStatistics
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
-from penstock.offload.tiers import Tier
+from penstock.offload.tiers import Tier, format_size
 
 __all__ = ["Progress", "Reckoning", "RunReport", "Traffic"]
 
@@ -111,9 +111,9 @@ class RunReport:
     `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
     Of the `peak_sequences` at once, up to `peak_hosted` had their keys and values in host RAM.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
-    device budget. `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way
-    to older ones `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number
-    counts them.
+    device budget. Once there was a plan, it was to be `planned_process_nbytes`, were all memory used.
+    `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way to older ones
+    `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number counts them.
     """
 
     num_requests: int
@@ -127,6 +127,7 @@ class RunReport:
     peak_sequences: int
     num_preemptions: int
     recomputed_tokens: int
+    planned_process_nbytes: int
     peak_process_nbytes: int
     peak_device_nbytes: int
     model_nbytes: int
@@ -186,6 +187,7 @@ class RunReport:
             "layers": {str(tier): tiers.count(str(tier)) for tier in Tier},
             "plan": plan,
             "memory": {
+                "planned_process_bytes": self.planned_process_nbytes,
                 "peak_process_bytes": self.peak_process_nbytes,
                 "peak_device_bytes": self.peak_device_nbytes,
             },
@@ -211,6 +213,8 @@ class RunReport:
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "
             f"computing waited {disk.stall_seconds:.2f} s for weights",
             f"layer code     {self.compilation.explain()}",
+            f"RAM            the process held up to {format_size(self.peak_process_nbytes)}; "
+            f"planned for {format_size(self.planned_process_nbytes)}",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
         if self.plan.kv_host_nbytes:

@@ -52,3 +52,8 @@ class ReadSettings:
         """Bytes of one staging region: while one of them is emptied, the others hold what is in flight."""
         share = -(-self.in_flight_nbytes // (NUM_REGIONS - 1))
         return -(-share // _REGION_STEP) * _REGION_STEP
+
+    @property
+    def staging_nbytes(self) -> int:
+        """The most host memory that reads land in; less where no unit fills a region."""
+        return NUM_REGIONS * self.region_nbytes

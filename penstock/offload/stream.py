@@ -107,6 +107,8 @@ class WeightStream:
         self._watch = Stopwatch(self._copies.clock, trace)
         self._entered: Any = None
         self._moved = 0
+        self.host_nbytes = 0
+        """Bytes of host RAM besides the device's buffers: layers that rest there, and what reads land in."""
         self._closed = False
         self._exit = ExitStack()
         with ExitStack() as cleanup:
@@ -148,6 +150,7 @@ class WeightStream:
         if not nbytes:
             return
         slab = cleanup.enter_context(HostMemory(nbytes, pin=self._device.type == "cuda"))
+        self.host_nbytes += nbytes
         whole = torch.frombuffer(slab.view, dtype=torch.uint8)
         start = 0
         places = {}
@@ -164,6 +167,7 @@ class WeightStream:
         largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
         region = min(settings.region_nbytes, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
         staging = cleanup.enter_context(HostMemory(NUM_REGIONS * region, pin=self._device.type == "cuda"))
+        self.host_nbytes += NUM_REGIONS * region
         if given is None:
             given, self.reader_choice = open_reader(
                 settings.backend, checkpoint.files[0], staging.view[:region], block_nbytes=settings.block_nbytes
