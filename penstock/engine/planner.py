@@ -1,9 +1,9 @@
 """Choose the plan under which a run ends soonest: plans are made, forecast and compared; nothing is allocated.
 
 What there is to choose: how many layers stay on the device, which leaves less room for keys and values and so fewer
-sequences at work; how many slots the others stream through; how much of what layers leave of host RAM takes keys and
-values of further sequences, whose attention is computed there; and how many tokens go through a layer in one call and
-in one pass, which need room too.
+sequences at work; how many slots the others stream through; how many layers rest in host RAM, and how much of what they
+leave there takes keys and values of further sequences, whose attention is computed there; and how many tokens go
+through a layer in one call and in one pass, which need room too.
 """
 
 from __future__ import annotations
@@ -226,6 +226,19 @@ class _Search:
             for share in _HOST_SHARES:
                 if not share or left * share >= self._hosted_nbytes:
                     yield replace(best.limits, kv_host_share=share)
+            waiting = best.forecast.peak_sequences < len(self._lengths)
+            for count in self._fewer_in_host(best.plan) if waiting else ():
+                yield replace(best.limits, kv_host_share=1.0, host_layers=count)
+
+    def _fewer_in_host(self, plan: Plan) -> list[int]:
+        """Return numbers of layers in host RAM that leave keys and values more of it; others come from NVMe for that.
+
+        A few less, half, none, and what leaves room for all requests at once, for a half, a third or a quarter of them.
+        """
+        here = len(plan.layers_in(Tier.HOST))
+        needed = (self._needed_nbytes / number - plan.kv_nbytes for number in range(1, _MOST_WAVES + 1))
+        roomy = (int(((self._tiers.host or 0) - each) // max(self._shape.wire_nbytes)) for each in needed)
+        return sorted({0, here // 2, here - 1, *roomy} & set(range(here)))
 
     def waves(self, usual: Choice) -> Iterator[PassLimits]:
         """Yield limits that leave room for all requests at once, for a half, a third or a quarter of them.

@@ -18,6 +18,9 @@ SCORE_NBYTES = 16
 SCORES = (1 << 10, 1 << 24)
 """Least and most scores that are in memory at once."""
 
+ENOUGH_TOKENS = 512
+"""A micro-batch of so many tokens computes about as well as a larger one."""
+
 MINIMUM_TOKENS = 16
 """A budget must hold at least this many tokens: of context for one sequence, and in a micro-batch."""
 
@@ -104,7 +107,8 @@ class PassLimits:
     """Upper bounds that the plan may lower to fit: slots, tokens per micro-batch and per pass, layers on the device.
 
     With `device_layers`, layers are kept on the device up to that number, whatever it leaves for keys and values; None
-    weighs the two. Keys and values get `kv_host_share` of what layers leave of host RAM, unless the tiers say how much.
+    weighs the two. Host RAM holds up to `host_layers` layers, as many as fit where that is None; keys and values get
+    `kv_host_share` of what these leave, unless the tiers say how much.
     """
 
     num_slots: int
@@ -112,6 +116,7 @@ class PassLimits:
     pass_tokens: int
     device_layers: int | None = None
     kv_host_share: float = 0.0
+    host_layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +222,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         left = min(share, left - _minimum_kv(shape))
         on_device = _spread(shape.staying_nbytes, left, everything, most)
     streamed = [index for index in everything if index not in on_device]
-    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, len(streamed))
+    most = len(streamed) if limits.host_layers is None else limits.host_layers
+    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, most)
     on_disk = [index for index in streamed if index not in in_host]
     host_nbytes = sum(shape.wire_nbytes[index] for index in in_host)
     if tiers.kv_host is None:
@@ -259,13 +265,16 @@ def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) 
     """Return tokens per micro-batch and per pass, and attention scores at once, that fit the budget.
 
     Tokens are halved until their workspace takes at most a quarter of what the weights leave; scores get a sixteenth.
+    A pass keeps its tokens as long as those of a micro-batch are enough: what a prompt waits for are passes.
     """
     fixed = shape.resident_nbytes + max(shape.layer_nbytes) + _minimum_kv(shape) + SCORE_NBYTES * SCORES[0]
     room = device_nbytes - fixed
     micro, total = limits.micro_batch_tokens, max(limits.pass_tokens, limits.micro_batch_tokens)
 
     while shape.workspace_of(micro, total) * 4 > room and (micro > MINIMUM_TOKENS or total > MINIMUM_TOKENS):
-        if total > micro:
+        if micro > ENOUGH_TOKENS and shape.workspace_nbytes * micro >= shape.held_nbytes * total:
+            micro = max(ENOUGH_TOKENS, micro // 2)
+        elif total > micro:
             total = max(micro, total // 2)
         else:
             micro = total = max(MINIMUM_TOKENS, micro // 2)
