@@ -53,9 +53,14 @@ def _places(question: Question, plan: Plan) -> str:
     rows = [
         ("device", "embedding, head, norms", plan.resident_nbytes, ""),
         ("", _layers(counts[Tier.DEVICE]), plan.device_layer_nbytes, "stay there"),
-        ("", f"{plan.num_slots} slots", slots, "that layers stream through"),
+        ("", f"{plan.num_slots} slot{'' if plan.num_slots == 1 else 's'}", slots, "that layers stream through"),
         ("", "keys and values", plan.kv_nbytes, here),
-        ("", "workspace", plan.workspace_nbytes, f"passes of {plan.pass_tokens} tokens in {plan.micro_batch_tokens}s"),
+        (
+            "",
+            "workspace",
+            plan.workspace_nbytes,
+            f"passes of {plan.pass_tokens} tokens, {plan.micro_batch_tokens} at a time",
+        ),
         ("", "all", plan.device_nbytes, f"of a budget of {format_size(question.tiers.device or 0)}"),
         (
             "host",
