@@ -180,7 +180,7 @@ def join_reference(low: Tensor, exponents: Tensor, failed: Tensor, first: int, *
 def _sizes(nbytes: int, device: torch.device) -> Tensor:
     """Return the sizes of the chunks of so many bytes, int64."""
     sizes = torch.full((-(-nbytes // CHUNK),), CHUNK, dtype=torch.int64, device=device)
-    sizes[-1:] = nbytes - (sizes.numel() - 1) * CHUNK
+    sizes[-1:].fill_(nbytes - (sizes.numel() - 1) * CHUNK)
     return sizes
 
 

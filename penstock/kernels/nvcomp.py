@@ -16,7 +16,7 @@ import cffi
 
 from penstock.errors import LibraryError
 
-__all__ = ["ALIGNMENT", "NvcompANS", "open_nvcomp"]
+__all__ = ["ALIGNMENT", "CHAR", "FLOAT16", "NvcompANS", "open_nvcomp"]
 
 ALIGNMENT = 32
 """Compressed chunks start on multiples of so many bytes: nvCOMP asks for 16, and says that 32 may be faster."""
@@ -24,7 +24,7 @@ ALIGNMENT = 32
 _PACKAGES = {"12": "nvidia-libnvcomp-cu12", "13": "nvidia-libnvcomp-cu13"}
 _FILE = "nvidia/libnvcomp/lib64/libnvcomp.so.6"
 _MAJOR = 6
-_INSTALL = "pip install penstock[nvcomp], or nvidia-libnvcomp-cu12 for a driver of CUDA 12."
+_INSTALL = "Run `pip install penstock[nvcomp]`, or `pip install nvidia-libnvcomp-cu12` for a driver of CUDA 12."
 
 _ffi: Any = cffi.FFI()
 _ffi.cdef(

@@ -27,7 +27,7 @@ from penstock.offload.tiers import MemoryTiers
 PROMPTS = ["class Point:\n    def __init__(self, x, y):\n", "import os\n\n\ndef read_file(path):\n"]
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 _check_usable = ans.check_usable
-TIERS = {"device": ("200MiB", "0"), "host": ("14MiB", "40MiB"), "nvme": ("14MiB", "0")}
+TIERS = {"device": ("200MiB", "0"), "host": ("16MiB", "40MiB"), "nvme": ("16MiB", "0")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,8 +51,7 @@ def packed(tmp_path_factory, library):
 
 
 def generate(path, memory, host, device):
-    tiers = MemoryTiers(device="64MiB" if device == "cuda" and memory != "200MiB" else memory, host=host)
-    with LLM(path, device=device, tiers=tiers) as llm:
+    with LLM(path, device=device, tiers=MemoryTiers(device=memory, host=host)) as llm:
         outputs = llm.generate(PROMPTS, GREEDY)
         return outputs, [len(llm.plan.layers_in(tier)) for tier in ("device", "host", "nvme")]
 
@@ -116,17 +115,16 @@ def test_codings_are_written_and_read():
 
 
 def test_a_plan_needs_neither_gpu_nor_library(packed, capsys, monkeypatch):
-    monkeypatch.setattr(nvcomp, "_PACKAGES", {})
+    monkeypatch.setattr(nvcomp, "_PACKAGES", {"13": "no-such-package"})
     nvcomp.open_nvcomp.cache_clear()
     assert main(["plan", str(packed), "--hardware", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
 
 
 def test_without_the_library_it_is_named(packed, tmp_path, monkeypatch, device):
-    def missing(_):
-        raise LibraryError("nvCOMP, which ANS needs, is not installed", fix="pip install penstock[nvcomp]")
-
-    monkeypatch.setattr(ans, "check_usable", missing)
+    monkeypatch.setattr(nvcomp, "_PACKAGES", {"13": "no-such-package"})
+    monkeypatch.setattr(ans, "check_usable", lambda _: nvcomp.open_nvcomp("13"))
+    nvcomp.open_nvcomp.cache_clear()
     with pytest.raises(LibraryError, match=r"penstock\[nvcomp\]"):
         generate(packed, *TIERS["device"], device)
     with pytest.raises(LibraryError, match=r"penstock\[nvcomp\]"):
