@@ -19,8 +19,8 @@ static int clean(const char *reserved) {
     for (int i = 0; i < 53; i++) if (reserved[i]) return 0;
     return 1;
 }
-static int fine(compress_options o) { return o.type == 0 && o.data_type == 0 && !o.subs && !o.states && !o.histogram && clean(o.reserved); }
-static int good(decompress_options o) { return o.backend == 0 && o.data_type == 0 && !o.subs && !o.states && !o.skip && clean(o.reserved); }
+static int fine(compress_options o) { return o.type == 0 && o.data_type == 0 && !o.subs && o.states < 3 && !o.histogram && clean(o.reserved); }
+static int good(decompress_options o) { return o.backend == 0 && o.data_type == 0 && !o.subs && o.states < 3 && !o.skip && clean(o.reserved); }
 
 int nvcompGetProperties(properties *p) { p->version = VERSION; p->cudart = 13000; return 0; }
 const char *nvcompGetStatusString(int status) { return status == INVALID ? "an invalid value" : "another error"; }

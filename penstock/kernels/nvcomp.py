@@ -66,9 +66,12 @@ CHAR, FLOAT16 = 0, 10
 
 
 class NvcompANS:
-    """The library. Arrays are given by their addresses: pointers and sizes are 8 bytes each, statuses 4."""
+    """The library. Arrays are given by their addresses: pointers and sizes are 8 bytes each, statuses 4.
 
-    def __init__(self, path: Path, data_type: int = CHAR) -> None:
+    With 1 of `states` instead of 2, chunks are a little smaller and slower; 0 leaves that to nvCOMP.
+    """
+
+    def __init__(self, path: Path, data_type: int = CHAR, states: int = 0) -> None:
         try:
             self._library: Any = _ffi.dlopen(str(path))
         except OSError as error:
@@ -78,8 +81,9 @@ class NvcompANS:
         if found.version // 1000 != _MAJOR:
             raise LibraryError("not a version of nvCOMP that is known", file=path, wanted=_MAJOR, got=found.version)
         self.version = int(found.version)
-        self._compressing: Any = _ffi.new("compress_options *", {"data_type": data_type})[0]
-        self._decompressing: Any = _ffi.new("decompress_options *", {"data_type": data_type})[0]
+        options = {"data_type": data_type, "states_per_lane": states}
+        self._compressing: Any = _ffi.new("compress_options *", options)[0]
+        self._decompressing: Any = _ffi.new("decompress_options *", options)[0]
         self._check_alignments(path)
 
     def _check_alignments(self, path: Path) -> None:
@@ -163,9 +167,9 @@ class NvcompANS:
 
 
 @cache
-def open_nvcomp(cuda: str | None, data_type: int = CHAR) -> NvcompANS:
+def open_nvcomp(cuda: str | None, data_type: int = CHAR, states: int = 0) -> NvcompANS:
     """Load the library once; of several, the one for the major version `cuda` of CUDA. Raises LibraryError."""
-    return NvcompANS(_find(cuda), data_type)
+    return NvcompANS(_find(cuda), data_type, states)
 
 
 def _find(cuda: str | None) -> Path:

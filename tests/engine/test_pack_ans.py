@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.cli.main import main
+from penstock.engine.executor import Executor
 from penstock.engine.llm import DEFAULT_MODEL, LLM
+from penstock.engine.model.build import load_model
 from penstock.engine.pack import pack
 from penstock.engine.quality import layer_errors
+from penstock.engine.rehearsal import rehearse
 from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.verify import verify
 from penstock.errors import ConfigError, DeviceError, LibraryError, ModelOutputError
@@ -98,6 +101,17 @@ def test_weights_that_could_not_be_decompressed_end_the_run(packed, device, monk
     monkeypatch.setattr(ans, "_join", lambda low, exponents, failed, *rest: join(low, exponents, ~failed, *rest))
     with pytest.raises(ModelOutputError, match="not finite"):
         generate(packed, *TIERS["device"], device)
+
+
+def test_what_decoding_takes_besides_is_planned_for(packed, device):
+    model = load_model(packed, device=device)
+    layout = model.layer_layouts[0]
+    codings = [one.coding for one in layout.expansions if one.coding.codec == "exact-ans"]
+    needed = max(-(-one.size // ANS_CHUNK) for one in codings) * ANS_CHUNK
+    plain = load_model(DEFAULT_MODEL, device=device)
+    with torch.inference_mode():
+        costs = [rehearse(one, Executor(one.layers), sampler_nbytes=0).fixed_nbytes for one in (model, plain)]
+    assert costs[0] - costs[1] >= 2 * needed > 0
 
 
 def test_codings_are_written_and_read():
