@@ -19,7 +19,8 @@
     ├── ConfigError                an option or argument (also a ValueError)
     │   ├── SizeError              a memory size that does not parse
     │   ├── UnsupportedFieldError  a sampling field that Penstock does not have
-    │   └── DeviceError            a device that is not there
+    │   ├── DeviceError            a device that is not there, or cannot do what is asked
+    │   └── LibraryError           an optional library is missing, or does not do what it should
     ├── BudgetError                what was asked for does not fit the memory budget (also a MemoryError)
     ├── RequestError               one prompt or request (also a ValueError)
     │   ├── PromptTooLongError     prompt plus new tokens exceed the model's context
@@ -52,6 +53,7 @@ __all__ = [
     "HeaderError",
     "IndexFileError",
     "JournalError",
+    "LibraryError",
     "ManifestError",
     "MissingFileError",
     "MissingWeightError",
@@ -185,7 +187,11 @@ class UnsupportedFieldError(ConfigError):
 
 
 class DeviceError(ConfigError):
-    """A device that is not there."""
+    """A device that is not there, or cannot do what is asked."""
+
+
+class LibraryError(ConfigError):
+    """An optional library is missing, or does not do what it should."""
 
 
 class BudgetError(PenstockError, MemoryError):

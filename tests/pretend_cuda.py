@@ -79,6 +79,8 @@ class There(Tensor):
 class Stream:
     """Copies under way between pinned memory and the device, in order."""
 
+    cuda_stream = 0
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: list[tuple[Tensor, Tensor, bool]] = []
@@ -193,6 +195,7 @@ def pretend_cuda(monkeypatch: Any) -> Iterator[Stream]:
         "Stream": lambda device=None: STREAM,
         "stream": lambda stream: nullcontext(),
         "current_stream": lambda device=None: STREAM,
+        "device_of": lambda tensor: nullcontext(),
         "get_device_capability": lambda device=None: (7, 5),
     }
     for name, value in here.items():

@@ -33,7 +33,12 @@ def add_to(commands: Any) -> None:
     parser.set_defaults(run=run_pack)
     parser.add_argument("model", help="directory of a Hugging Face checkpoint")
     parser.add_argument("out", help="directory to make; `penstock generate` takes it like any other")
-    parser.add_argument("--codec", required=True, choices=("exact", "int8", "int4"), help="exact loses nothing")
+    parser.add_argument(
+        "--codec",
+        required=True,
+        choices=("exact", "exact-ans", "int8", "int4"),
+        help="exact loses nothing; nor does exact-ans, which is smaller, and needs an NVIDIA GPU and penstock[nvcomp]",
+    )
     parser.add_argument(
         "--group-size",
         type=int,

@@ -40,7 +40,9 @@ def add_to(commands: Any) -> None:
         "--kv-dtype", default="auto", help="what keys and values rest as: auto, bf16, fp8, int8, int4 (default: auto)"
     )
     parser.add_argument(
-        "--codec", choices=("exact", "int8", "int4"), help="plan for weights that `penstock pack` has made smaller"
+        "--codec",
+        choices=("exact", "exact-ans", "int8", "int4"),
+        help="plan for weights that `penstock pack` has made smaller",
     )
     work = parser.add_argument_group("work")
     work.add_argument("--prompt-len", type=int, default=512, metavar="N", help="default: %(default)s")

@@ -22,7 +22,7 @@ from penstock.engine.quantised.scheme import Scheme
 from penstock.errors import ConfigError, MissingFileError, ModelError, UnsupportedFormatError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.files import TensorEntry
-from penstock.offload.codec import CodecName, Coding, PackOptions
+from penstock.offload.codec import LOSSLESS, CodecName, Coding, PackOptions
 from penstock.offload.kv_dtype import row_nbytes
 from penstock.offload.layout import PARAMETER_ALIGNMENT
 from penstock.offload.manifest import CodedTensor, open_stored
@@ -125,14 +125,14 @@ class Anatomy:
         """Say why `penstock pack` cannot store the model so; None where it can."""
         if self.quantised:
             return f"weights that are quantised with {self.quantised} cannot be packed"
-        if codec == "exact" and self.dtype != "bfloat16":
+        if codec in LOSSLESS and self.dtype != "bfloat16":
             return f"{self.dtype} weights cannot be packed so"
         return None
 
     def coded(self, codec: CodecName) -> Anatomy:
         """Return the model as `penstock pack` would store it."""
         assert self.why_not_coded(codec) is None
-        layers = tuple(unit.coded(codec, self.dtype, all_parts=codec == "exact") for unit in self.layers)
+        layers = tuple(unit.coded(codec, self.dtype, all_parts=codec in LOSSLESS) for unit in self.layers)
         return replace(self, layers=layers)
 
 
@@ -312,9 +312,7 @@ def _coded_nbytes(part: Part, codec: CodecName, dtype: str, *, all_parts: bool) 
         return None
     options = PackOptions(codec).resolved()
     coding = Coding(codec, _SAFETENSORS[dtype], part.shape, options.group_size, options.symmetric)
-    nbytes = sum(one.nbytes for one in coding.parts)
-    nbytes += coding.size // 100 if codec == "exact" else 0
-    return nbytes if nbytes < part.nbytes else None
+    return coding.packed_nbytes if coding.packed_nbytes < part.nbytes else None
 
 
 def _scaled_nbytes(part: Part, scheme: Scheme, prefix: str) -> int:

@@ -48,6 +48,7 @@ from penstock.errors import (
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
+from penstock.offload.buffers import check_decoders
 from penstock.offload.cost import Machine
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
@@ -124,6 +125,7 @@ class LLM:
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
         self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
+        check_decoders((self._model.resident, *self._model.layer_layouts), self._device)
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
         self._prepare = Preparer(

@@ -33,8 +33,9 @@ from penstock.io.files import SourceFile, TensorEntry
 from penstock.io.memory import HostMemory
 from penstock.io.settings import ReadSettings
 from penstock.io.shard import shard_header
+from penstock.kernels import ans
 from penstock.offload.buffers import DTYPES
-from penstock.offload.codec import ANY_LENGTH, Coding, PackOptions
+from penstock.offload.codec import ANY_LENGTH, LOSSLESS, Coding, PackOptions
 from penstock.offload.encode import DoesNotPay, Encoder, encoder_for, piece_nbytes
 from penstock.offload.manifest import (
     MANIFEST,
@@ -95,7 +96,9 @@ def pack(
     checkpoint = Checkpoint.open(source)
     if not checkpoint.tensors:
         raise ConfigError("a checkpoint without tensors", got=str(source))
-    linear = frozenset[str]() if options.codec == "exact" else linear_weights(load_model(source), checkpoint.tensors)
+    if options.codec == "exact-ans":
+        ans.find_device()  # it says what is missing
+    linear = frozenset[str]() if options.codec in LOSSLESS else linear_weights(load_model(source), checkpoint.tensors)
     shards = plan_pack(checkpoint.tensors.values(), options, linear, shard_nbytes=shard_nbytes)
     files = tuple(SourceRecord(file.path.name, file.nbytes, file.mtime_ns) for file in checkpoint.files)
     job = Job(options, files, shard_nbytes)

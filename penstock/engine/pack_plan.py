@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from penstock.errors import ConfigError
 from penstock.io.files import TensorEntry
 from penstock.io.shard import header_room
-from penstock.offload.codec import Coding, PackOptions
+from penstock.offload.codec import ANS_CHUNK, LOSSLESS, Coding, PackOptions
 
 __all__ = ["PlannedShard", "PlannedTensor", "plan_pack"]
 
@@ -17,7 +17,7 @@ SHARD_NBYTES = 4 << 30
 MIN_NBYTES = 4096
 """Smaller tensors stay as they are: what they could save, headers and kernels would cost."""
 
-_DTYPES = {"exact": {"BF16"}, "int8": {"BF16", "F16", "F32"}, "int4": {"BF16", "F16", "F32"}}
+_DTYPES = {"exact": {"BF16"}, "exact-ans": {"BF16"}, "int8": {"BF16", "F16", "F32"}, "int4": {"BF16", "F16", "F32"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,8 @@ class PlannedTensor:
 
     @property
     def expected_nbytes(self) -> int:
-        """About what will be stored; for all but the exact codec to the byte."""
-        if self.coding is None:
-            return self.entry.nbytes
-        return sum(part.nbytes for part in self.coding.parts) + (
-            self.coding.size // 100 if self.coding.codec == "exact" else 0
-        )
+        """About what will be stored; for integer codecs to the byte."""
+        return self.entry.nbytes if self.coding is None else self.coding.packed_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ def plan_pack(
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += tensor.entry.nbytes if options.codec == "exact" else tensor.expected_nbytes
+        filled += tensor.entry.nbytes if options.codec in LOSSLESS else tensor.expected_nbytes
     name = _namer(len(shards))
     return tuple(
         PlannedShard(name(number), header_room(one for tensor in shard for one in tensor.names), tuple(shard))
@@ -91,8 +87,9 @@ def _coding(entry: TensorEntry, options: PackOptions, linear: frozenset[str]) ->
         return None
     if any(fnmatchcase(entry.name, pattern) for pattern in options.exclude):
         return None
-    if options.codec == "exact":
-        return Coding("exact", entry.dtype, entry.shape)
+    if options.codec in LOSSLESS:
+        coding = Coding(options.codec, entry.dtype, entry.shape)
+        return Coding("exact", entry.dtype, entry.shape) if coding.size < ANS_CHUNK else coding
     if entry.name not in linear:
         return None
     coding = Coding(options.codec, entry.dtype, entry.shape, options.group_size, options.symmetric)

@@ -234,7 +234,7 @@ def _conversion_peak(units: Sequence[Layout], *buffers: Tensor) -> int:
     for unit in {unit.nbytes: unit for unit in units if unit.conversions or unit.expansions}.values():
         buffer = next(buffer for buffer in buffers if buffer.numel() >= unit.nbytes)
         with torch.inference_mode(), _Watch() as watch:
-            convert(unit, buffer)
+            convert(unit, buffer, rehearsed=True)
         peak = max(peak, watch.peak)
     return peak
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["decode_exact", "dequantise"]
+__all__ = ["decode_exact", "dequantise", "join_exponents"]
 
 EXACT_BLOCK = 1024
+JOIN_BLOCK = 2048
 MAX_COLUMNS = 1024
 
 
@@ -65,6 +66,47 @@ def _decode_exact(
         escaped, tl.load(extra + item * extra_step + place, mask=stored, other=0).to(tl.int32), exponent
     )
     bits = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+    tl.store(out + item * out_step + at, bits.to(tl.int16), mask=inside)
+
+
+def join_exponents(low: Tensor, exponents: Tensor, failed: Tensor, first: int, *, out: Tensor) -> None:
+    """Make bfloat16 of `low` [B, n] and the exponents [chunks, CHUNK] of chunk `first` and those after it.
+
+    Chunks are counted through the batch; those that have `failed` [chunks] become NaNs. `out` is [B, n].
+    """
+    count, chunk = exponents.shape
+    grid = (count, triton.cdiv(chunk, JOIN_BLOCK))
+    with torch.cuda.device_of(out):
+        _join_exponents[grid](
+            low,
+            exponents,
+            failed,
+            out.view(torch.int16),
+            out.shape[1],
+            first,
+            triton.cdiv(out.shape[1], chunk),
+            low.stride(0),
+            out.stride(0),
+            CHUNK=chunk,
+            BLOCK=JOIN_BLOCK,
+        )
+
+
+@triton.jit(do_not_specialize=["first", "per_row"])  # other numbers for every size of tensor
+def _join_exponents(
+    low, exponents, failed, out,
+    size, first, per_row, low_step, out_step,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    item = (first + index) // per_row
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = (first + index) % per_row * CHUNK + place
+    inside = at < size
+    rest = tl.load(low + item * low_step + at, mask=inside, other=0).to(tl.int32)
+    exponent = tl.load(exponents + index * CHUNK + place, mask=inside, other=0).to(tl.int32)
+    bits = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+    bits = tl.where(tl.load(failed + index) != 0, 0x7FFF, bits)
     tl.store(out + item * out_step + at, bits.to(tl.int16), mask=inside)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from penstock.kernels import exact, groupwise, scaled
+from penstock.kernels import ans, exact, groupwise, scaled
 from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout, View
 from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["DTYPES", "convert", "dtype_name", "expand", "view_of"]
+__all__ = ["DTYPES", "check_decoders", "convert", "dtype_name", "expand", "view_of"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -49,12 +49,23 @@ def view_of(buffer: Tensor, view: View) -> Tensor:
     return flat.view(DTYPES[view.dtype]).view(view.shape)
 
 
-def convert(layout: Layout, buffer: Tensor) -> None:
-    """Compute the expanded and converted parameters of a unit whose wire bytes have just arrived in `buffer`."""
+def check_decoders(layouts: Iterable[Layout], device: torch.device) -> None:
+    """Raise DeviceError or LibraryError where units cannot be expanded on `device`."""
+    if any(one.coding.codec == "exact-ans" for layout in layouts for one in layout.expansions
+           if isinstance(one.coding, Coding)):  # fmt: skip
+        ans.check_usable(device)
+
+
+def convert(layout: Layout, buffer: Tensor, *, rehearsed: bool = False) -> None:
+    """Compute the expanded and converted parameters of a unit whose wire bytes have just arrived in `buffer`.
+
+    `rehearsed` says that there are zeros in their place, to see how much memory this takes.
+    """
     for expansion in layout.expansions:
         count, step = expansion.count, expansion.step
         parts = [_batch(buffer, part, count, step) for part in expansion.parts]
-        expand(expansion.coding, parts, _batch(buffer, expansion.target, count, expansion.target_step))
+        target = _batch(buffer, expansion.target, count, expansion.target_step)
+        expand(expansion.coding, parts, target, rehearsed=rehearsed)
     if not layout.conversions:
         return
     targets = {view.name: view for view in layout.parameters}
@@ -64,14 +75,21 @@ def convert(layout: Layout, buffer: Tensor) -> None:
             view_of(buffer, targets[name]).copy_(result)
 
 
-def expand(coding: Coding | ScaledCoding, parts: Sequence[Tensor], out: Tensor) -> None:
-    """Decode a batch of tensors: the parts of `coding` and `out` with a leading dim [B, ...] of any stride."""
+def expand(coding: Coding | ScaledCoding, parts: Sequence[Tensor], out: Tensor, *, rehearsed: bool = False) -> None:
+    """Decode a batch of tensors: the parts of `coding` and `out` with a leading dim [B, ...] of any stride.
+
+    What `rehearsed` parts hold is nothing that was coded: a decoder that would not bear that only takes its memory.
+    """
     if isinstance(coding, ScaledCoding):
         _expand_scaled(coding, parts, out)
         return
     if coding.codec == "exact":
         low, code, table, start, extra = parts
         exact.decode(low, code, table, start, extra, out=out.view(out.shape[0], coding.size))
+        return
+    if coding.codec == "exact-ans":
+        low, size, data = parts
+        ans.decode(low, size, data, out=out.view(out.shape[0], coding.size), launch=not rehearsed)
         return
     assert coding.group_size is not None
     codes, scale, *zero = parts

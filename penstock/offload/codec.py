@@ -13,9 +13,12 @@ from typing import Literal
 from penstock.errors import ConfigError
 from penstock.io.files import DTYPE_BITS
 
-__all__ = ["ANY_LENGTH", "GROUP_SIZES", "CodecName", "Coding", "PackOptions", "Part"]
+__all__ = ["ANS_CHUNK", "ANY_LENGTH", "GROUP_SIZES", "LOSSLESS", "CodecName", "Coding", "PackOptions", "Part"]
 
-CodecName = Literal["exact", "int8", "int4"]
+CodecName = Literal["exact", "exact-ans", "int8", "int4"]
+
+LOSSLESS = frozenset[CodecName](("exact", "exact-ans"))
+"""Codecs of every bfloat16 tensor that give back each bit."""
 
 ANY_LENGTH = -1
 """A part's size that depends on the values."""
@@ -24,6 +27,12 @@ GROUP_SIZES = (32, 64, 128)
 
 _BLOCK = 1024
 """Values of the `exact` codec that share an entry of `start`; part of the format."""
+
+ANS_CHUNK = 1 << 16
+"""Values of the `exact-ans` codec whose exponents are compressed together; part of the format."""
+
+_PERCENT = {"exact": 1, "exact-ans": 35}
+"""About how many bytes the part of any length takes for 100 values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +53,9 @@ class Part:
 class Coding:
     """How one tensor of `dtype` and `shape` is coded.
 
-    `exact` is lossless, for BF16. `int8` and `int4` keep a scale for each `group_size` values along the last dim, and
-    unless `symmetric` a zero point. Equal codings have parts of equal shapes, but for those of any length.
+    `exact` and `exact-ans` are lossless, for BF16. `int8` and `int4` keep a scale for each `group_size` values along
+    the last dim, and unless `symmetric` a zero point. Equal codings have parts of equal shapes, but for those of any
+    length.
     """
 
     codec: CodecName
@@ -58,7 +68,7 @@ class Coding:
         """Say what is wrong with a coding that was read from a file."""
         if any(size < 0 for size in self.shape):
             return f"shape {self.shape}"
-        if self.codec == "exact":
+        if self.codec in LOSSLESS:
             return None if self.dtype == "BF16" else f"dtype {self.dtype}"
         if self.dtype not in {"BF16", "F16", "F32"}:
             return f"dtype {self.dtype}"
@@ -73,6 +83,12 @@ class Coding:
     def nbytes(self) -> int:
         """Bytes of the values."""
         return self.size * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def packed_nbytes(self) -> int:
+        """About how many bytes are stored for trained weights; for integer codecs to the byte."""
+        rest = self.size * _PERCENT[self.codec] // 100 if self.codec in LOSSLESS else 0
+        return sum(part.nbytes for part in self.parts) + rest
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -90,6 +106,12 @@ class Coding:
                 Part("exact_table", "U8", (16,)),
                 Part("exact_start", "I32", (-(-self.size // _BLOCK),)),
                 Part("exact_extra", "U8", (ANY_LENGTH,)),
+            )
+        if self.codec == "exact-ans":
+            return (
+                Part("exact_low", "U8", (self.size,)),
+                Part("ans_size", "I32", (-(-self.size // ANS_CHUNK),)),
+                Part("ans_data", "U8", (ANY_LENGTH,)),
             )
         assert self.group_size is not None
         rows, columns = self.matrix
@@ -118,10 +140,10 @@ class PackOptions:
 
     def resolved(self) -> PackOptions:
         """Return them with nothing left open. Raises ConfigError."""
-        if self.codec == "exact":
+        if self.codec in LOSSLESS:
             if self.group_size is not None or self.symmetric is not None or self.search is not None:
                 raise ConfigError("the exact codec has no groups", fix="Leave group size, symmetry and search out.")
-            return PackOptions("exact", exclude=self.exclude)
+            return PackOptions(self.codec, exclude=self.exclude)
         if self.group_size not in {None, *GROUP_SIZES}:
             raise ConfigError("not a group size", wanted=f"one of {GROUP_SIZES}", got=self.group_size)
         small = self.codec == "int4"

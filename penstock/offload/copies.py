@@ -1,6 +1,7 @@
 """Copies into the device's buffers, beside the computing: a copy stream on CUDA, plain memory copies on the CPU.
 
-A *mark* is a point in the order of the copies, or of the computing, that the other side can wait for.
+What has been copied is expanded on a third stream, so that the bus goes on meanwhile. A *mark* is a point in the order
+of the copies, the expansions or the computing, that the others can wait for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ class Copies:
 
     @contextmanager
     def issue(self) -> Iterator[None]:
-        """Enter to issue copies and the conversions that follow them; inference mode is on inside."""
+        """Enter to issue copies; inference mode is on inside."""
+        with torch.inference_mode():
+            yield
+
+    @contextmanager
+    def expanding(self) -> Iterator[None]:
+        """Enter to issue expansions and conversions of what has been copied so far; inference mode is on inside."""
         with torch.inference_mode():
             yield
 
@@ -42,18 +49,22 @@ class Copies:
         """Return the point after all copies issued so far."""
         return None
 
+    def expanded(self) -> Any:
+        """Return the point after all copies and expansions issued so far."""
+        return self.mark()
+
     def computed(self) -> Any:
         """Return the point after all computing that the calling thread has issued so far."""
         return None
 
     def wait_for_computing(self, mark: Any) -> None:
-        """Let copies issued from now on wait for a point of the computing."""
+        """Let copies issued from now on wait for a point of the computing, or of the expansions."""
 
     def wait_for_copies(self, mark: Any) -> None:
-        """Let computing that the calling thread issues from now on wait for a point of the copies."""
+        """Let computing that the calling thread issues from now on wait for a point of the copies or expansions."""
 
     def block_until(self, mark: Any) -> None:
-        """Block the calling thread until a point of the copies has passed."""
+        """Block the calling thread until a point of the copies or expansions has passed."""
 
     def traced(self, lane: str, name: str, **args: Any) -> AbstractContextManager[None]:
         """Enter to put what is issued inside into the trace, if there is one, with the device's times."""
@@ -102,11 +113,19 @@ class CudaCopies(Copies):
         self._piece = piece_nbytes
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._expansions = torch.cuda.Stream(device)
 
     @contextmanager
     def issue(self) -> Iterator[None]:
         """Enter the copy stream."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield
+
+    @contextmanager
+    def expanding(self) -> Iterator[None]:
+        """Enter the stream of expansions, which waits for the copies."""
+        self._expansions.wait_event(self.mark())
+        with torch.inference_mode(), torch.cuda.stream(self._expansions):
             yield
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
@@ -119,6 +138,13 @@ class CudaCopies(Copies):
         """Record an event on the copy stream."""
         event = torch.cuda.Event()
         event.record(self._stream)
+        return event
+
+    def expanded(self) -> Any:
+        """Record an event on the stream of expansions."""
+        self._expansions.wait_event(self.mark())
+        event = torch.cuda.Event()
+        event.record(self._expansions)
         return event
 
     def computed(self) -> Any:

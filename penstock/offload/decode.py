@@ -10,22 +10,29 @@ from torch import Tensor
 
 from penstock.errors import ReadError
 from penstock.io.files import TensorEntry
+from penstock.kernels import ans
 from penstock.offload.buffers import DTYPES, expand
 from penstock.offload.checks import compare
+from penstock.offload.codec import Coding
 from penstock.offload.manifest import CodedTensor, Stored
 
 __all__ = ["read_all", "read_tensor"]
 
 
 def read_tensor(stored: Stored, name: str) -> Tensor:
-    """Return the values of one tensor, on the CPU. Raises ReadError, and ChecksumError for damaged bytes."""
+    """Return the values of one tensor, on the CPU; a GPU decodes those that only it can.
+
+    Raises ReadError, ChecksumError for damaged bytes, and what `ans.find_device` raises.
+    """
     source = stored.tensors[name]
     if isinstance(source, TensorEntry):
         return _read(stored, source)
     assert isinstance(source, CodedTensor)
-    out = torch.empty(1, *source.shape, dtype=DTYPES[source.dtype])
-    expand(source.coding, [_read(stored, part)[None] for part in source.parts], out)
-    return out[0]
+    on_gpu = isinstance(source.coding, Coding) and source.coding.codec == "exact-ans"
+    device = ans.find_device() if on_gpu else torch.device("cpu")
+    out = torch.empty(1, *source.shape, dtype=DTYPES[source.dtype], device=device)
+    expand(source.coding, [_read(stored, part)[None].to(device) for part in source.parts], out)
+    return out[0].cpu()
 
 
 def read_all(stored: Stored) -> Iterator[tuple[str, Tensor]]:

@@ -8,11 +8,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from penstock.kernels import exact, groupwise
+from penstock.kernels import ans, exact, groupwise
 from penstock.offload.buffers import DTYPES
-from penstock.offload.codec import Coding
+from penstock.offload.codec import LOSSLESS, Coding
 
-__all__ = ["PIECE_NBYTES", "DoesNotPay", "Encoder", "ExactEncoder", "GroupwiseEncoder", "encoder_for", "piece_nbytes"]
+__all__ = [
+    "PIECE_NBYTES",
+    "AnsEncoder",
+    "DoesNotPay",
+    "Encoder",
+    "ExactEncoder",
+    "GroupwiseEncoder",
+    "encoder_for",
+    "piece_nbytes",
+]
 
 PIECE_NBYTES = 8 << 20
 """How much of a tensor is encoded at once: what is in flight then fits a few MiB, and reads are long."""
@@ -57,6 +66,23 @@ class ExactEncoder:
         return (joined[0], joined[1], table, torch.cat(starts).to(torch.int32), joined[2])
 
 
+class AnsEncoder:
+    """Lossless bfloat16 on a GPU; pieces are multiples of 65,536 values."""
+
+    def __init__(self, coding: Coding, device: torch.device) -> None:
+        self._coding = coding
+        self._device = device
+        self._nbytes = sum(part.nbytes for part in coding.parts)
+
+    def encode(self, piece: Tensor) -> tuple[Tensor, ...]:
+        """Return what each part goes on with. Raises DoesNotPay for exponents like noise, LibraryError."""
+        made = ans.encode(piece.to(self._device))
+        self._nbytes += made.data.numel()
+        if self._nbytes >= self._coding.nbytes:
+            raise DoesNotPay(f"it would take {self._nbytes} bytes and more")
+        return made.low.cpu(), made.size.cpu(), made.data.cpu()
+
+
 class GroupwiseEncoder:
     """Integers with scales; pieces are whole rows."""
 
@@ -84,11 +110,13 @@ class GroupwiseEncoder:
         return (codes, scale, torch.cat(zeros)) if zeros else (codes, scale)
 
 
-Encoder = ExactEncoder | GroupwiseEncoder
+Encoder = ExactEncoder | AnsEncoder | GroupwiseEncoder
 
 
 def encoder_for(coding: Coding, workers: Executor, *, search: bool) -> Encoder:
-    """Return a fresh encoder for one tensor, which has its work done by threads."""
+    """Return a fresh encoder for one tensor, which has its work done by threads, or the GPU."""
+    if coding.codec == "exact-ans":
+        return AnsEncoder(coding, ans.find_device())
     return (
         ExactEncoder(coding, workers) if coding.codec == "exact" else GroupwiseEncoder(coding, workers, search=search)
     )
@@ -96,7 +124,7 @@ def encoder_for(coding: Coding, workers: Executor, *, search: bool) -> Encoder:
 
 def piece_nbytes(coding: Coding | None) -> int:
     """Return how many bytes a piece of a tensor has, all but the last: whole rows where there are groups."""
-    if coding is None or coding.codec == "exact":
+    if coding is None or coding.codec in LOSSLESS:
         return PIECE_NBYTES
     row = max(coding.matrix[1] * DTYPES[coding.dtype].itemsize, 1)
     return max(PIECE_NBYTES // row, 1) * row

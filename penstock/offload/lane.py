@@ -37,7 +37,7 @@ class Fetch:
     """Bring one unit from disk to `buffer`, whose first byte is byte `origin` of the unit's buffer.
 
     With a `layout`, expansions and conversions run on arrival. `verification` sees all bytes first. `after` is a point
-    of the computing that copies wait for. `arrived` gets the point of the copies after which the unit is there. `name`
+    of the computing that copies wait for. `arrived` gets the point after which the unit is there. `name`
     and `lane` are what a trace calls its copies.
     """
 
@@ -212,10 +212,10 @@ class DiskLane:
 
 def _finish(fetch: Fetch) -> None:
     """Convert what has arrived, and say that it is there."""
-    with _failing(fetch), fetch.copies.issue():
+    with _failing(fetch), fetch.copies.expanding():
         if fetch.layout is not None:
             convert(fetch.layout, fetch.buffer)
-        fetch.arrived.set_result(fetch.copies.mark())
+        fetch.arrived.set_result(fetch.copies.expanded())
 
 
 @dataclass(frozen=True, slots=True)

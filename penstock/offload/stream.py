@@ -61,7 +61,10 @@ class StreamStatistics:
 
 
 class _Slot:
-    """One reusable buffer; `layer` is the layer that is in it or on its way."""
+    """One reusable buffer; `layer` is the layer that is in it or on its way, `entered` says whether it is in use.
+
+    `released` is the point after which the buffer's bytes are needed no more.
+    """
 
     def __init__(self, buffer: Tensor, cycle: Sequence[int]) -> None:
         self.buffer = buffer
@@ -69,6 +72,7 @@ class _Slot:
         self.layer: int | None = None
         self.arrived: Future[Any] = Future()
         self.arrived.set_result(None)
+        self.entered = False
         self.released: Any = None
 
     def following(self, layer: int) -> int:
@@ -291,6 +295,7 @@ class WeightStream:
         self._copies.wait_for_copies(arrived)
         tier = Tier.HOST if index in self._rest else Tier.NVME
         self._watch.end(tier, waiting, lane=STALLS, layer=index)
+        slot.entered = True
         try:
             yield
         finally:
@@ -302,7 +307,9 @@ class WeightStream:
         if slot.layer == index:
             return
         slot.arrived.exception()  # whatever was on its way, also for a pass that was broken off, has ended
-        slot.layer = None
+        if not slot.entered:  # it may be being expanded still
+            slot.released = self._copies.expanded()
+        slot.layer, slot.entered = None, False
         if index in self._rest:
             self._moved += self._layouts[index].wire_nbytes
             slot.arrived = Future()
@@ -323,8 +330,9 @@ class WeightStream:
                 self._copies.wait_for_computing(slot.released)
                 with self._copies.traced(TO_DEVICE, f"layer {index}", bytes=layout.wire_nbytes):
                     self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
+            with self._copies.expanding():
                 convert(layout, slot.buffer)
-                arrived.set_result(self._copies.mark())
+                arrived.set_result(self._copies.expanded())
         except BaseException as error:
             arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
             if not isinstance(error, Exception):
@@ -357,7 +365,7 @@ class WeightStream:
         """Block until nothing is on its way into a slot."""
         for slot in self._slots:
             slot.arrived.exception()  # what failed has ended too, but for copies that it had issued before
-        self._copies.block_until(self._copies.mark())
+        self._copies.block_until(self._copies.expanded())
 
     def __enter__(self) -> Self:
         return self

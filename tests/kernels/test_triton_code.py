@@ -159,6 +159,18 @@ def test_exact_weights_compile_once_however_many_exponents_escape(compiled) -> N
     assert len(set(map(id, found))) == 1
 
 
+def test_exponents_of_any_chunks_are_joined_by_the_same_code(compiled) -> None:
+    kernels = importlib.import_module("penstock.kernels.expand_triton")
+    found = []
+    for first, chunks in ((0, 1), (1, 3), (16, 16), (17, 1)):
+        low = torch.zeros(2, 4096 * 16, dtype=torch.uint8)
+        exponents, failed = torch.zeros(chunks, 4096, dtype=torch.uint8), torch.zeros(chunks, dtype=torch.bool)
+        out = torch.empty(low.shape, dtype=torch.bfloat16)
+        parts = (low, exponents, failed, first)
+        found += compiled(lambda parts=parts, out=out: kernels.join_exponents(*parts, out=out)).values()
+    assert len(set(map(id, found))) == 1
+
+
 FORMS = {
     "fp8 blocks": Form("e4m3", 8, (128, 128)),
     "fp8 rows": Form("e4m3", 8, (1, 1 << 20)),

@@ -170,6 +170,39 @@ def test_an_error_while_copies_are_issued_leaves_nothing_that_is_waited_for_in_v
     assert copies.blocked_until > last, "what had been issued before the error has ended before memory is given back"
 
 
+def test_a_layer_that_nobody_entered_is_expanded_before_its_slot_is_filled_again(tiny_llama, model, monkeypatch):
+    """Else a decoder would read bytes that are being replaced."""
+
+    class Marked(AsynchronousCopies):
+        waited = ()
+
+        def expanded(self):
+            return f"expanded {self.mark()}"
+
+        def computed(self):
+            return "computed"
+
+        def wait_for_computing(self, mark):
+            self.waited = (*self.waited, mark)
+
+    copies = Marked()
+    monkeypatch.setattr("penstock.offload.stream.copies_for", lambda *_, **__: copies)
+    with open_stream(tiny_llama, model, FakeReader(), (Tier.HOST,) * 6) as stream:
+        stream.load()
+        copies.waited = ()
+        for index in range(6):
+            with stream.layer(index):
+                pass
+        assert copies.waited == ("computed",) * 6
+        copies.waited = ()
+        for index in (0, 0, 1):  # a pass is broken off, and begins anew
+            with stream.layer(index):
+                pass
+        first, again, *others = copies.waited
+        assert again.startswith("expanded")
+        assert {first, *others} == {"computed"}
+
+
 def test_closing_drops_what_is_only_queued(tiny_llama, model):
     reader = GatedReader()
     stream = open_stream(tiny_llama, model, reader, (Tier.DEVICE,) * 6, num_slots=0)
