@@ -291,7 +291,7 @@ def _to(source: Tensor, *args: Any, non_blocking: bool = False, **options: Any) 
         STREAM.drain("a copy between the CPU and the device")
     if devices[0].type != "cuda":
         return made.clone()
-    if _is_pinned(source):
+    if non_blocking and _is_pinned(source):
         STREAM.copy_there(source)
     return There(made.clone())
 

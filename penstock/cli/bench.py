@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.codec import asked_codec
 from penstock.cli.options import add_memory, tiers_of
 from penstock.cli.output import ProgressLine, check_output
 from penstock.cli.settings import kernel_directory, read_settings, stored_profile
 from penstock.errors import ConfigError
 from penstock.io.interrupts import held_back
+from penstock.offload.codec import PackOptions
 from penstock.offload.tiers import format_size
 from penstock.offload.trace import Trace
 
@@ -75,13 +77,14 @@ def run(options: argparse.Namespace) -> int:
     if not (options.shape or options.dummy) and (options.layers, options.distinct_layers) != (None, None):
         raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
     check_output(options.trace)
+    codec = asked_codec(options)
     with held_back():  # some libraries swallow an exit that comes while they are imported
         from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
 
     workload = Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
     progress = ProgressLine()
     with _checkpoint(options, progress) as checkpoint:
-        report = _measure(options, workload, checkpoint, progress)
+        report = _measure(options, workload, codec, checkpoint, progress)
     progress.clear()
     if not options.json:
         print(report.explain())
@@ -111,7 +114,11 @@ def _checkpoint(options: argparse.Namespace, progress: ProgressLine) -> Iterator
 
 
 def _measure(
-    options: argparse.Namespace, workload: Workload, checkpoint: Checkpoint, progress: ProgressLine
+    options: argparse.Namespace,
+    workload: Workload,
+    codec: PackOptions | None,
+    checkpoint: Checkpoint,
+    progress: ProgressLine,
 ) -> BenchReport:
     from penstock.engine import bench  # noqa: PLC0415
     from penstock.engine.budget import find_device  # noqa: PLC0415
@@ -147,6 +154,7 @@ def _measure(
         hardware=profile,
         expects=workload.lengths(),
         objective=options.objective,
+        codec=codec,
     ) as llm:
 
         def show(state: Progress) -> None:

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.codec import asked_codec
 from penstock.cli.options import add_memory, open_llm, tiers_of
 from penstock.cli.output import ProgressLine, ResultFile, check_output, completion_record, result_file
 from penstock.cli.prompts import PromptLine, read_prompts
@@ -92,6 +93,12 @@ def run(options: argparse.Namespace) -> int:
     check_output(options.trace)
     lines = _prompt_lines(options)
     params = [_params(line, defaults) for line in lines]
+    codec = asked_codec(options)
+    if options.verify and codec is not None and codec.codec != "exact":
+        fix = "Verify what `penstock pack` makes of it, or leave --verify out."
+        raise ConfigError(
+            "--verify compares with the weights as they are stored", got=f"--codec {codec.codec}", fix=fix
+        )
     if options.verify and not all(each.is_greedy for each in params):
         raise ConfigError("--verify compares greedy tokens", wanted="--temperature 0", got="a request that samples")
     with result_file(options.output) if options.output else nullcontext() as file:

@@ -19,12 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from penstock.cli.codec import asked_codec
 from penstock.cli.options import open_llm, tiers_of
 from penstock.cli.output import ProgressLine
 from penstock.engine.request import Request, ScoreRequest
@@ -163,13 +164,15 @@ def _expected(source: str, num_lines: int, length_of: LengthOf) -> list[Length]:
 
 
 def _identity(options: argparse.Namespace, known: Survey | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a job to go on: command, input, model, dtypes and parameters. Memory may differ."""
+    """What must be the same for a job to go on: command, input, model, dtypes, codec, parameters. Memory may differ."""
+    codec = asked_codec(options)
     return {
         "command": options.command,
         "input": None if known is None else known.sha256,
         "model": _fingerprint(options.model),
         "dtype": options.dtype,
         "kv_dtype": options.kv_dtype,
+        **({} if codec is None else {"codec": {**asdict(codec), "exclude": list(codec.exclude)}}),
         "parameters": {name: value for name, value in parameters.items() if value is not None},
     }
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.codec import add_codec, asked_codec
 from penstock.cli.output import ProgressLine
 from penstock.cli.settings import add_read_options, kernel_directory, read_settings, stored_profile
 from penstock.io.interrupts import held_back
@@ -62,6 +63,7 @@ def add_memory(parser: Any) -> Any:
         help="plan for the whole job's end, or for that of a request on average (default: %(default)s)",
     )
     add_read_options(memory)
+    add_codec(parser)
     return memory
 
 
@@ -77,6 +79,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
     with held_back():  # some libraries swallow an exit that comes while they are imported
         from penstock.engine import llm as engine  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
+    codec = asked_codec(options)
     model = options.model or engine.DEFAULT_MODEL
     profile = stored_profile()
     settings = read_settings(options, model, profile)
@@ -93,6 +96,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         kernel_directory=kernel_directory(),
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         objective=options.objective,
+        codec=codec,
         **more,
     )
     progress.clear()

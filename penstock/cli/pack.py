@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.codec import add_codec_details, codec_options
 from penstock.cli.output import ProgressLine
 from penstock.cli.settings import add_read_options, read_settings, stored_profile
 from penstock.errors import ConfigError
-from penstock.offload.codec import GROUP_SIZES, PackOptions
 from penstock.offload.kv_dtype import KV_DTYPES, check_kv_dtype
 from penstock.offload.tiers import format_size
 
@@ -39,26 +40,9 @@ def add_to(commands: Any) -> None:
         choices=("exact", "exact-ans", "int8", "int4"),
         help="exact loses nothing; nor does exact-ans, which is smaller, and needs an NVIDIA GPU and penstock[nvcomp]",
     )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=GROUP_SIZES,
-        help="weights that share a scale (default: 128 for int8, 64 for int4)",
-    )
-    parser.add_argument(
-        "--symmetric",
-        action=argparse.BooleanOptionalAction,
-        help="groups without zero points (default: for int8, not for int4)",
-    )
+    add_codec_details(parser)
     parser.add_argument(
         "--search", action="store_true", help="try several scales for each group and keep the best; slow"
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave these tensors as they are; may be repeated",
     )
     add_read_options(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -90,13 +74,7 @@ def add_to(commands: Any) -> None:
 
 def run_pack(options: argparse.Namespace) -> int:
     """Run `penstock pack`."""
-    choice = PackOptions(
-        options.codec,
-        group_size=options.group_size,
-        symmetric=options.symmetric,
-        search=options.search or None,
-        exclude=tuple(options.exclude),
-    ).resolved()
+    choice = replace(codec_options(options), search=options.search or None).resolved()
     from penstock.engine.pack import pack  # noqa: PLC0415 - torch takes seconds to import; --help must not
 
     progress = ProgressLine()

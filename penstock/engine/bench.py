@@ -123,8 +123,22 @@ class Phase:
                 "host_to_device": _link(self.traffic.device_bytes, seconds, peaks.host_to_device),
                 "nvme_to_host": _link(self.traffic.disk_bytes, seconds, peaks.disk.bytes_per_second),
             },
+            "weights": _weights(self.traffic, seconds, peaks.host_to_device),
             "time": self.time,
         }
+
+
+def _weights(traffic: Traffic, seconds: float, peak: float | None) -> dict[str, float | None]:
+    """Return at which rate weights arrived, as they are computed with, and what expanding them took."""
+    moving = traffic.transfer_seconds
+    return {
+        "decoded_bytes": traffic.decoded_bytes,
+        "gbps": traffic.decoded_bytes / seconds / 1e9,
+        "share_of_link_peak": _share(traffic.decoded_bytes / seconds, peak),
+        "transfer_seconds": moving,
+        "expand_seconds": traffic.expand_seconds,
+        "expand_share_of_transfer": traffic.expand_seconds / moving if moving else None,
+    }
 
 
 def _link(nbytes: int, seconds: float, peak: float | None) -> dict[str, float | None]:
@@ -165,7 +179,17 @@ class BenchReport:
             return None if one is None else one.as_dict(self.peaks, self.run.dtype)
 
         run = self.run.as_dict()
-        kept = ("attention_in_host", "device", "dtype", "layers", "load", "memory", "model_bytes", "peak_sequences")
+        kept = (
+            "attention_in_host",
+            "codec",
+            "device",
+            "dtype",
+            "layers",
+            "load",
+            "memory",
+            "model_bytes",
+            "peak_sequences",
+        )
         return {
             "settings": self.settings,
             "prompt_len": self.workload.prompt_len,
@@ -212,8 +236,16 @@ def _explain(name: str, phase: dict[str, Any]) -> list[str]:
         f"{name:8}{phase['seconds']:.3f} s in {phase['passes']} passes of {phase['tokens_per_pass']:.0f} tokens, "
         f"{phase['seconds_per_pass']:.3f} s each{tflops}",
         f"{'':8}{'; '.join(links)}",
+        f"{'':8}{_explain_weights(phase['weights'])}",
         f"{'':8}{shares}",
     ]
+
+
+def _explain_weights(weights: dict[str, Any]) -> str:
+    share, expanding = weights["share_of_link_peak"], weights["expand_share_of_transfer"]
+    text = f"weights as computed with {weights['gbps']:.2f} GB/s"
+    text += "" if share is None else f", {share:.2f} of the link's peak"
+    return text + ("" if not expanding else f"; expanding took {expanding:.1%} of the time of their transfers")
 
 
 def _of(share: float | None) -> str:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from penstock.engine.budget import check_rehearsal_fits, find_device, limits_of, resolve
+from penstock.engine.code_on_load import CodeOnLoad, check_plain
 from penstock.engine.executor import Executor
 from penstock.engine.flops import count_flops
 from penstock.engine.forecast import Forecast, Length, forecast
@@ -49,6 +50,7 @@ from penstock.io.checkpoint import Checkpoint
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
 from penstock.offload.buffers import check_decoders
+from penstock.offload.codec import CodecName, PackOptions
 from penstock.offload.cost import Machine
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
@@ -81,11 +83,13 @@ class LLM:
     "bf16", or quantised: "fp8", "int8", "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace the
     defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
     leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
-    weights. What moves and computes when goes into a `trace` that is given. The plan is the best for requests of the
-    lengths that it `expects` on this `hardware`, by `objective`: the whole run soonest ("throughput"), or a request
-    soonest on average ("latency"); without either, the usual one. With `tiers="auto"` the budgets are most of what is
-    free, and the machine is what `penstock profile` has kept in ~/.cache, if it has. Code that is compiled for
-    attention in host RAM is kept in `kernel_directory`, where given. A context manager; `close` gives all memory back.
+    weights. With a `codec`, layers are coded as they are loaded, as `penstock pack` would do it, rest so in host RAM
+    and travel so; none is left on NVMe. What moves and computes when goes into a `trace` that is given. The plan is the
+    best for requests of the lengths that it `expects` on this `hardware`, by `objective`: the whole run soonest
+    ("throughput"), or a request soonest on average ("latency"); without either, the usual one. With `tiers="auto"` the
+    budgets are most of what is free, and the machine is what `penstock profile` has kept in ~/.cache, if it has. Code
+    that is compiled for attention in host RAM is kept in `kernel_directory`, where given. A context manager; `close`
+    gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
@@ -106,6 +110,7 @@ class LLM:
         compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
+        codec: CodecName | PackOptions | None = None,
         trace: Trace | None = None,
         hardware: HardwareProfile | Machine | None = None,
         expects: Items[Length] = (),
@@ -124,7 +129,8 @@ class LLM:
         limits = limits_of(self._device, fixed)
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
-        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device))
+        code = self._code_on_load(codec)
+        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device), code=code)
         check_decoders((self._model.resident, *self._model.layer_layouts), self._device)
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
@@ -175,6 +181,15 @@ class LLM:
             self._exit = cleanup.pop_all()
         self._load_bytes = self._weights.statistics().disk.bytes_read
         self.last_run: RunReport | None = None
+
+    def _code_on_load(self, codec: CodecName | PackOptions | None) -> CodeOnLoad | None:
+        """Return what codes weights on load. Raises ConfigError for options or a checkpoint that do not suit it."""
+        options = PackOptions(codec) if isinstance(codec, str) else codec
+        self._codec = None if options is None else options.resolved()
+        if self._codec is None:
+            return None
+        check_plain(self.path)
+        return CodeOnLoad(self._codec, self._device, self._io)
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
         """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
@@ -467,6 +482,7 @@ class LLM:
             reader=self._weights.reader_choice.as_dict()
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
             compilation=self._compiler.report(),
+            codec=None if self._codec is None else self._codec.codec,
             forecast=self._forecast,
         )
 

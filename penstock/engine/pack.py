@@ -9,8 +9,8 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.engine.code_on_load import check_plain
 from penstock.engine.model.build import load_model
 from penstock.engine.model.selection import linear_weights
-from penstock.engine.model.weights import read_json
 from penstock.engine.pack_journal import Finished, Job, Workplace, check_space
 from penstock.engine.pack_plan import SHARD_NBYTES, PlannedShard, PlannedTensor, plan_pack
 from penstock.engine.pack_writer import PieceReader, ShardWriter, StoredPart
-from penstock.engine.quantised.recognise import read_scheme
 from penstock.errors import ConfigError, OutputError, ReadError
 from penstock.io.atomic import naming, sync_directory
 from penstock.io.checkpoint import INDEX_FILE, Checkpoint
@@ -36,7 +35,7 @@ from penstock.io.shard import shard_header
 from penstock.kernels import ans
 from penstock.offload.buffers import DTYPES
 from penstock.offload.codec import ANY_LENGTH, LOSSLESS, Coding, PackOptions
-from penstock.offload.encode import DoesNotPay, Encoder, encoder_for, piece_nbytes
+from penstock.offload.encode import DoesNotPay, Encoder, encoder_for, encoding_threads, piece_nbytes
 from penstock.offload.manifest import (
     MANIFEST,
     FileRecord,
@@ -90,15 +89,13 @@ def pack(
     """
     start = time.perf_counter()
     source, out, options = Path(model), Path(os.path.abspath(out)), options.resolved()
-    if (source / MANIFEST).exists():
-        raise ConfigError("it is packed already", got=str(source), fix="Pack the model that it was made from.")
-    _refuse_quantised(source / "config.json")
+    check_plain(source)
     checkpoint = Checkpoint.open(source)
     if not checkpoint.tensors:
         raise ConfigError("a checkpoint without tensors", got=str(source))
     if options.codec == "exact-ans":
         ans.find_device()  # it says what is missing
-    linear = frozenset[str]() if options.codec in LOSSLESS else linear_weights(load_model(source), checkpoint.tensors)
+    linear = frozenset[str]() if options.codec in LOSSLESS else _linear(source, checkpoint)
     shards = plan_pack(checkpoint.tensors.values(), options, linear, shard_nbytes=shard_nbytes)
     files = tuple(SourceRecord(file.path.name, file.nbytes, file.mtime_ns) for file in checkpoint.files)
     job = Job(options, files, shard_nbytes)
@@ -126,15 +123,9 @@ def pack(
     )
 
 
-def _refuse_quantised(file: Path) -> None:
-    """Refuse a checkpoint that comes quantised: what is left of its weights bears no second loss."""
-    scheme = read_scheme(read_json(file), file) if file.exists() else None
-    if scheme is not None:
-        raise ConfigError(
-            f"it is quantised already, with {scheme.method}",
-            got=str(file.parent),
-            fix="Run it as it is, or pack the model that it was made from.",
-        )
+def _linear(source: Path, checkpoint: Checkpoint) -> frozenset[str]:
+    model = load_model(source)
+    return linear_weights(model.module, model.layers, checkpoint.tensors)
 
 
 class _Packer:
@@ -161,7 +152,7 @@ class _Packer:
             reader, _ = open_reader(
                 settings.backend, shards[0].tensors[0].entry.file, memory.view, block_nbytes=settings.block_nbytes
             )
-            with reader, _workers() as workers:
+            with reader, encoding_threads() as workers:
                 read = PieceReader(reader, memory.view, num_regions=_REGIONS)
                 with closing(read(_ranges(left))) as pieces:
                     for shard in shards:
@@ -193,18 +184,6 @@ class _Packer:
             if self._on_progress:
                 self._on_progress(self._read, self._total)
             yield piece  # nobody comes back after the last one of a shard
-
-
-@contextmanager
-def _workers() -> Iterator[Executor]:
-    """Threads that encode, one on each core; torch itself uses one thread for each of them meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="penstock-encode") as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)
 
 
 def _ranges(tensors: Sequence[PlannedTensor]) -> Iterator[tuple[SourceFile, int, int]]:

@@ -11,7 +11,7 @@ from penstock.io.files import TensorEntry
 from penstock.io.shard import header_room
 from penstock.offload.codec import ANS_CHUNK, LOSSLESS, Coding, PackOptions
 
-__all__ = ["PlannedShard", "PlannedTensor", "plan_pack"]
+__all__ = ["PlannedShard", "PlannedTensor", "plan_pack", "plan_tensors"]
 
 SHARD_NBYTES = 4 << 30
 MIN_NBYTES = 4096
@@ -49,6 +49,13 @@ class PlannedShard:
     tensors: tuple[PlannedTensor, ...]
 
 
+def plan_tensors(entries: Iterable[TensorEntry], options: PackOptions, linear: frozenset[str]) -> list[PlannedTensor]:
+    """Choose the codec of each tensor, in the order of their bytes; arguments and errors as for `plan_pack`."""
+    ordered = sorted(entries, key=lambda entry: (str(entry.file.path), entry.offset, entry.name))
+    _check_patterns(options.exclude, [entry.name for entry in ordered])
+    return [PlannedTensor(entry, _coding(entry, options, linear)) for entry in ordered]
+
+
 def plan_pack(
     entries: Iterable[TensorEntry],
     options: PackOptions,
@@ -57,9 +64,7 @@ def plan_pack(
     shard_nbytes: int = SHARD_NBYTES,
 ) -> tuple[PlannedShard, ...]:
     """Plan the pack of a checkpoint; `linear` names the tensors that integer codecs may code. Raises ConfigError."""
-    ordered = sorted(entries, key=lambda entry: (str(entry.file.path), entry.offset, entry.name))
-    _check_patterns(options.exclude, [entry.name for entry in ordered])
-    planned = [PlannedTensor(entry, _coding(entry, options, linear)) for entry in ordered]
+    planned = plan_tensors(entries, options, linear)
     _check_names(planned)
     shards: list[list[PlannedTensor]] = [[]]
     filled = 0

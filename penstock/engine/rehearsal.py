@@ -80,6 +80,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
         kv_windows=windows,
         kv_dtype=kv_dtype,
         kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
+        packed_on_load=any(layout.encodings for layout in layers),
     )
 
 

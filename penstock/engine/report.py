@@ -24,7 +24,9 @@ class Traffic:
 
     `disk_busy_seconds` is the time with at least one read under way. Computing waited `disk_stall_seconds` for layers
     from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all;
-    and there, `attention_stall_seconds` for the `attention_seconds` of attention in host RAM.
+    and there, `attention_stall_seconds` for the `attention_seconds` of attention in host RAM. `decoded_bytes` are those
+    of the parameters that the `device_bytes` were decoded to; bringing layers from host RAM took `transfer_seconds`,
+    expanding and converting what had arrived `expand_seconds`.
     """
 
     disk_bytes: int
@@ -36,6 +38,9 @@ class Traffic:
     buffered_reads: int
     attention_seconds: float = 0.0
     attention_stall_seconds: float = 0.0
+    decoded_bytes: int = 0
+    transfer_seconds: float = 0.0
+    expand_seconds: float = 0.0
 
     @property
     def stall_seconds(self) -> float:
@@ -59,6 +64,9 @@ class Traffic:
             buffered_reads=stream.disk.buffered_reads,
             attention_seconds=homes.attention_seconds,
             attention_stall_seconds=homes.waited_seconds,
+            decoded_bytes=stream.decoded_bytes,
+            transfer_seconds=stream.transfer_seconds,
+            expand_seconds=stream.expand_seconds,
         )
 
 
@@ -114,6 +122,7 @@ class RunReport:
     device budget. Once there was a plan, it was to be `planned_process_nbytes`, were all memory used.
     `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way to older ones
     `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number counts them.
+    `codec` is what layers were packed with on load.
     """
 
     num_requests: int
@@ -139,6 +148,7 @@ class RunReport:
     compilation: Compilation
     forecast: Forecast | None = None
     peak_hosted: int = 0
+    codec: str | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -198,6 +208,7 @@ class RunReport:
             "device": self.device,
             "dtype": self.dtype,
             "kv_dtype": self.plan.kv_dtype,
+            "codec": self.codec,
         }
 
     def explain(self) -> str:

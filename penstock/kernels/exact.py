@@ -15,10 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from penstock.kernels.gpu import triton_kernels
 
-__all__ = ["BLOCK", "Encoded", "choose_table", "decode", "decode_reference", "encode"]
+__all__ = [
+    "BLOCK", "Encoded", "choose_table", "count_exponents", "decode", "decode_reference", "encode", "encode_reference",
+    "table_of",
+]  # fmt: skip
 
 BLOCK = 1024
 ESCAPE = 15
@@ -39,14 +43,28 @@ class Encoded:
 
 def choose_table(values: Tensor) -> Tensor:
     """Return the table [16] uint8 for bfloat16 values like these: their fifteen most frequent exponents, then 0."""
-    counts = np.bincount(_exponents(_bits(values)), minlength=256)
+    return table_of(count_exponents(values))
+
+
+def count_exponents(values: Tensor) -> Tensor:
+    """Return how often each exponent occurs in bfloat16 values: [256] int64, on their device."""
+    return torch.bincount(values.contiguous().view(torch.int16).flatten() >> 7 & 255, minlength=256)
+
+
+def table_of(counts: Tensor) -> Tensor:
+    """Return the table [16] uint8, on the CPU, for how often each exponent occurs."""
     table = np.zeros(16, np.uint8)
-    table[:ESCAPE] = np.argsort(-counts, kind="stable")[:ESCAPE]
+    table[:ESCAPE] = np.argsort(-counts.cpu().numpy(), kind="stable")[:ESCAPE]
     return torch.from_numpy(table)
 
 
 def encode(values: Tensor, table: Tensor) -> Encoded:
-    """Encode bfloat16 values of any shape, on the CPU. In parts, all but the last must be multiples of 1024 values."""
+    """Encode bfloat16 values of any shape on their device, where `table` is too.
+
+    In parts, all but the last must be multiples of 1024 values.
+    """
+    if values.is_cuda:
+        return encode_reference(values, table)
     codes = np.full(256, ESCAPE, np.uint8)
     codes[table[:ESCAPE].numpy()] = np.arange(ESCAPE)
     bits = _bits(values)
@@ -68,6 +86,21 @@ def encode(values: Tensor, table: Tensor) -> Encoded:
     extra = np.concatenate(extras) if extras else np.empty(0, np.uint8)
     start = np.cumsum(counts)[:-1].astype(np.int32)
     return Encoded(*(torch.from_numpy(array) for array in (low, code, start, extra)))
+
+
+def encode_reference(values: Tensor, table: Tensor) -> Encoded:
+    """Encode in plain torch on any device."""
+    codes = torch.full((256,), ESCAPE, dtype=torch.uint8, device=values.device)
+    codes[table[:ESCAPE].long()] = torch.arange(ESCAPE, dtype=torch.uint8, device=values.device)
+    bits = values.contiguous().view(torch.int16).flatten().int()
+    exponents = bits >> 7 & 255
+    low = (bits >> 8 & 0x80 | bits & 0x7F).to(torch.uint8)
+    code = codes[exponents]
+    escaped = code == ESCAPE
+    counts = pad(escaped, (0, -bits.numel() % BLOCK)).view(-1, BLOCK).sum(-1)
+    pairs = pad(code, (0, bits.numel() % 2)).view(-1, 2)
+    start = (counts.cumsum(0) - counts).to(torch.int32)
+    return Encoded(low, pairs[:, 0] | pairs[:, 1] << 4, start, exponents[escaped].to(torch.uint8))
 
 
 def decode(low: Tensor, code: Tensor, table: Tensor, start: Tensor, extra: Tensor, *, out: Tensor) -> None:

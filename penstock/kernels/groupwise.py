@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,18 @@ class Quantised:
 
 
 def quantise(values: Tensor, *, bits: int, group_size: int, symmetric: bool, search: bool = False) -> Quantised:
-    """Quantise finite values [R, C] on the CPU. With `search`, each group gets the scale of the least squared error."""
+    """Quantise finite values [R, C], to the same bits on every device.
+
+    With `search`, each group gets the scale of the least squared error.
+    """
     rows, columns = values.shape
     groups = -(-columns // group_size)
-    codes = torch.empty(rows, columns, dtype=torch.int8 if symmetric and bits == 8 else torch.uint8)
-    scale = torch.empty(rows, groups, dtype=torch.bfloat16)
-    zero = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
-    for part, its_groups, size in _parts(rows, columns, group_size):
+    empty = partial(torch.empty, device=values.device)
+    codes = empty(rows, columns, dtype=torch.int8 if symmetric and bits == 8 else torch.uint8)
+    scale = empty(rows, groups, dtype=torch.bfloat16)
+    zero = None if symmetric else empty(rows, groups, dtype=torch.uint8)
+    at_once = values.numel() if values.is_cuda else _PIECE
+    for part, its_groups, size in _parts(rows, columns, group_size, at_once):
         cells = values[part].float().unflatten(-1, (-1, size))
         best = _choose(cells, bits, symmetric=symmetric, shrink=1.0)
         for shrink in _SHRINKS if search else ():
@@ -83,10 +88,12 @@ def dequantise_reference(
     out.copy_((whole.int() - shift).float() * scale.float()[:, group])
 
 
-def _parts(rows: int, columns: int, group_size: int) -> Iterator[tuple[tuple[slice, slice], slice, int]]:
+def _parts(
+    rows: int, columns: int, group_size: int, at_once: int = _PIECE
+) -> Iterator[tuple[tuple[slice, slice], slice, int]]:
     """Cut a matrix into parts of whole groups: (rows and columns, those groups, values in each)."""
     whole = columns // group_size
-    step = max(_PIECE // max(columns, 1), 1)
+    step = max(at_once // max(columns, 1), 1)
     for begin in range(0, rows, step):
         down = slice(begin, min(begin + step, rows))
         if whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from threading import Lock
 from typing import Any
 
 from penstock.offload.trace import Trace
@@ -35,13 +36,14 @@ class Clock:
 
 
 class Stopwatch:
-    """Adds up stretches of a clock's time by name; with a trace, puts those with a lane there too."""
+    """Adds up stretches of a clock's time by name, from any thread; with a trace, those with a lane go there too."""
 
     def __init__(self, clock: Clock, trace: Trace | None = None) -> None:
         self._clock = clock
         self._trace = trace
         self._seconds: dict[str, float] = defaultdict(float)
         self._running: list[tuple[str, Any, Any]] = []
+        self._lock = Lock()
 
     def begin(self) -> Any:
         """Return the moment at which a stretch begins."""
@@ -50,16 +52,18 @@ class Stopwatch:
     def end(self, name: str, begun: Any, *, lane: str | None = None, **args: Any) -> None:
         """End a stretch that began at `begun`."""
         now = self._clock.now()
-        self._running.append((name, begun, now))
-        if len(self._running) >= _MANY:
-            self._settle()
+        with self._lock:
+            self._running.append((name, begun, now))
+            if len(self._running) >= _MANY:
+                self._settle()
         if self._trace is not None and lane is not None:
             self._trace.add(lane, name, begun, now, clock=self._clock, **args)
 
     def seconds(self, name: str) -> float:
         """Return the sum of the stretches of that name that have passed."""
-        self._settle()
-        return self._seconds[name]
+        with self._lock:
+            self._settle()
+            return self._seconds[name]
 
     def _settle(self) -> None:
         running = []

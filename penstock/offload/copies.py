@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.offload.clock import Clock
+from penstock.offload.buffers import convert
+from penstock.offload.clock import Clock, Stopwatch
+from penstock.offload.layout import Layout
 from penstock.offload.trace import Trace
 
-__all__ = ["Copies", "CudaClock", "CudaCopies", "copies_for"]
+__all__ = ["EXPAND", "TRANSFER", "Copies", "CudaClock", "CudaCopies", "copies_for"]
+
+TRANSFER = "transfer"
+EXPAND = "expand"
+"""What `watch` adds up: bringing layers from host RAM, and expanding and converting units that have arrived."""
 
 
 class Copies:
@@ -27,6 +33,7 @@ class Copies:
 
     def __init__(self, trace: Trace | None = None) -> None:
         self.clock = Clock()
+        self.watch = Stopwatch(self.clock)
         self._trace = trace
 
     @contextmanager
@@ -44,6 +51,15 @@ class Copies:
     def copy(self, destination: Tensor, source: Tensor) -> None:
         """Copy one flat uint8 tensor onto another of its size."""
         destination.copy_(source, non_blocking=True)
+
+    def expand(self, layout: Layout | None, buffer: Tensor) -> Any:
+        """Expand and convert a unit whose copies have been issued, if need be; return the point after it."""
+        with self.expanding():
+            if layout is not None and (layout.expansions or layout.conversions):
+                begun = self.watch.begin()
+                convert(layout, buffer)
+                self.watch.end(EXPAND, begun)
+            return self.expanded()
 
     def mark(self) -> Any:
         """Return the point after all copies issued so far."""
@@ -110,6 +126,7 @@ class CudaCopies(Copies):
     def __init__(self, device: torch.device, trace: Trace | None = None, piece_nbytes: int | None = None) -> None:
         super().__init__(trace)
         self.clock = CudaClock(device)
+        self.watch = Stopwatch(self.clock)
         self._piece = piece_nbytes
         self._device = device
         self._stream = torch.cuda.Stream(device)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +17,9 @@ from penstock.offload.buffers import DTYPES
 from penstock.offload.codec import LOSSLESS, Coding
 
 __all__ = [
-    "PIECE_NBYTES",
-    "AnsEncoder",
-    "DoesNotPay",
-    "Encoder",
-    "ExactEncoder",
-    "GroupwiseEncoder",
-    "encoder_for",
-    "piece_nbytes",
-]
+    "PIECE_NBYTES", "AnsEncoder", "AtOnce", "DoesNotPay", "Encoder", "ExactEncoder", "GroupwiseEncoder", "encoder_for",
+    "encoding_threads", "piece_nbytes",
+]  # fmt: skip
 
 PIECE_NBYTES = 8 << 20
 """How much of a tensor is encoded at once: what is in flight then fits a few MiB, and reads are long."""
@@ -41,19 +39,21 @@ class DoesNotPay(Exception):  # noqa: N818 (a signal to the caller, not a fault)
 class ExactEncoder:
     """Lossless bfloat16; pieces are multiples of 1024 values."""
 
-    def __init__(self, coding: Coding, workers: Executor) -> None:
+    def __init__(self, coding: Coding, workers: Executor, table: Tensor | None = None) -> None:
         self._coding = coding
         self._workers = workers
-        self._table: Tensor | None = None
+        self._table = table
+        self._is_first = True
         self._escapes = 0
 
     def encode(self, piece: Tensor) -> tuple[Tensor, ...]:
         """Return what each part goes on with. Raises DoesNotPay when too few exponents have codes."""
-        table = torch.empty(0, dtype=torch.uint8)
         if self._table is None:
             # An odd stride, so that every column is seen.
-            self._table = table = exact.choose_table(piece[:: max(piece.numel() // _SAMPLE, 1) | 1])
+            self._table = exact.choose_table(piece[:: max(piece.numel() // _SAMPLE, 1) | 1])
         known = self._table
+        table = known if self._is_first else known[:0]
+        self._is_first = False
         made = list(self._workers.map(lambda share: exact.encode(share, known), piece.split(_SHARE)))
         starts = []
         for one in made:
@@ -113,18 +113,46 @@ class GroupwiseEncoder:
 Encoder = ExactEncoder | AnsEncoder | GroupwiseEncoder
 
 
-def encoder_for(coding: Coding, workers: Executor, *, search: bool) -> Encoder:
-    """Return a fresh encoder for one tensor, which has its work done by threads, or the GPU."""
+def encoder_for(coding: Coding, workers: Executor, *, search: bool, table: Tensor | None = None) -> Encoder:
+    """Return a fresh encoder for one tensor, which has its work done by threads, or the GPU.
+
+    The exact codec takes the `table` where one was chosen before, on the device of the pieces.
+    """
     if coding.codec == "exact-ans":
         return AnsEncoder(coding, ans.find_device())
-    return (
-        ExactEncoder(coding, workers) if coding.codec == "exact" else GroupwiseEncoder(coding, workers, search=search)
-    )
+    if coding.codec == "exact":
+        return ExactEncoder(coding, workers, table)
+    return GroupwiseEncoder(coding, workers, search=search)
 
 
-def piece_nbytes(coding: Coding | None) -> int:
-    """Return how many bytes a piece of a tensor has, all but the last: whole rows where there are groups."""
+def piece_nbytes(coding: Coding | None, *, at_most: int = PIECE_NBYTES) -> int:
+    """Return how many bytes a piece of a tensor has, all but the last: whole rows where there are groups.
+
+    A row may be more than `at_most`, a multiple of 2048.
+    """
     if coding is None or coding.codec in LOSSLESS:
-        return PIECE_NBYTES
+        return at_most
     row = max(coding.matrix[1] * DTYPES[coding.dtype].itemsize, 1)
-    return max(PIECE_NBYTES // row, 1) * row
+    return max(at_most // row, 1) * row
+
+
+@contextmanager
+def encoding_threads() -> Iterator[Executor]:
+    """Threads that encode, one on each core; torch itself uses one thread for each of them meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="penstock-encode") as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(before)
+
+
+class AtOnce(Executor):
+    """Does work when it is given: a GPU has threads enough."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call `fn`."""
+        done: Future[Any] = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done

@@ -22,7 +22,6 @@ from torch import Tensor
 from penstock.errors import ClosedError
 from penstock.io.memory import HostMemory
 from penstock.io.reader import Read, Reader, Ticket
-from penstock.offload.buffers import convert
 from penstock.offload.checks import Verification
 from penstock.offload.chunks import Chunk
 from penstock.offload.copies import Copies
@@ -212,10 +211,8 @@ class DiskLane:
 
 def _finish(fetch: Fetch) -> None:
     """Convert what has arrived, and say that it is there."""
-    with _failing(fetch), fetch.copies.expanding():
-        if fetch.layout is not None:
-            convert(fetch.layout, fetch.buffer)
-        fetch.arrived.set_result(fetch.copies.expanded())
+    with _failing(fetch):
+        fetch.arrived.set_result(fetch.copies.expand(fetch.layout, fetch.buffer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ contiguous run at the end of the buffer, whatever the parameters need.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.io.files import SourceFile
 from penstock.offload.codec import Coding
 from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Expansion", "Extent", "Layout", "View"]
+__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Encoding", "Expansion", "Extent", "Layout", "View"]
 
 PARAMETER_ALIGNMENT = 256
 """Every view starts on a multiple of this many bytes, whichever tier it comes from, so that kernels see the same
@@ -48,6 +48,24 @@ class Extent:
     source: int
     nbytes: int
     destination: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Make a coded tensor's parts of its `nbytes` bytes at `source` of `file`, when its unit is loaded.
+
+    Part number i is `sizes[i]` bytes and goes to `destinations[i]` of the unit's buffer. The exact codec gives codes to
+    the exponents in `table`. `name` is for messages: encodings of the same bytes to the same places are equal.
+    """
+
+    name: str = field(compare=False)
+    file: SourceFile
+    source: int
+    nbytes: int
+    coding: Coding
+    table: bytes
+    destinations: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,8 @@ class Expansion:
 class Layout:
     """One unit's buffer. `parameters` holds persistent buffers too; tied parameters appear once.
 
-    On arrival the expansions run first, then the conversions, whose sources may be expanded ones.
+    On arrival the expansions run first, then the conversions, whose sources may be expanded ones. Bytes that are in no
+    extent are made by the `encodings`, once, when the unit is loaded: then it cannot rest on the disk.
     """
 
     parameters: tuple[View, ...]
@@ -94,6 +113,7 @@ class Layout:
     parameter_nbytes: int
     nbytes: int
     expansions: tuple[Expansion, ...] = ()
+    encodings: tuple[Encoding, ...] = ()
 
     @property
     def wire_nbytes(self) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "CodedTensor",
     "FileRecord",
     "Manifest",
+    "Origin",
     "SourceRecord",
     "Stored",
     "TensorRecord",
@@ -81,12 +82,27 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What the parts of a tensor are made of when it is packed on load: its values, as they are stored.
+
+    `table` is what the exact codec gives codes to, for it was chosen before.
+    """
+
+    entry: TensorEntry
+    table: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class CodedTensor:
-    """A tensor of which only coded `parts` are stored; otherwise like a TensorEntry."""
+    """A tensor of which only coded `parts` are stored; otherwise like a TensorEntry.
+
+    With an `origin` not even these are: the parts say how long they will be, and are made when the tensor is loaded.
+    """
 
     name: str
     coding: Coding | ScaledCoding
     parts: tuple[TensorEntry, ...]
+    origin: Origin | None = None
 
     @property
     def dtype(self) -> str:

@@ -59,7 +59,8 @@ class ModelShape:
     `kept_nbytes` what a layer that stays on the device needs once it has been loaded; all of it where that is empty.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
-    `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens.
+    `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens. Layers that are `packed_on_load` are
+    in no file, and cannot be left on NVMe.
     """
 
     resident_nbytes: int
@@ -73,6 +74,7 @@ class ModelShape:
     kv_windows: tuple[WindowLayer, ...] = ()
     kv_dtype: str = "auto"
     kept_nbytes: tuple[int, ...] = ()
+    packed_on_load: bool = False
 
     @property
     def kv_cost(self) -> KVCost:
@@ -229,6 +231,13 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     if tiers.kv_host is None:
         kv_host = int((tiers.host - host_nbytes) * limits.kv_host_share)
     nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
+    if shape.packed_on_load and nvme_nbytes:
+        raise BudgetError(
+            "layers that are packed on load cannot be left on NVMe",
+            wanted=f"{format_size(nvme_nbytes)} more of host memory",
+            got=f"{format_size(tiers.host)}, {format_size(host_nbytes)} of it for layers",
+            fix="Give the host more, take a codec of fewer bits, or pack the model with `penstock pack` and run that.",
+        )
     if tiers.nvme is not None and nvme_nbytes > tiers.nvme:
         raise BudgetError(
             "the layers that fit neither the device nor host RAM are more than may be left on NVMe",

@@ -7,7 +7,7 @@ of layers; as soon as a layer's work has been issued its slot is refilled with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,15 +23,16 @@ from penstock.io.choose import ReaderChoice, open_reader
 from penstock.io.memory import HostMemory
 from penstock.io.reader import ALIGNMENT, Reader, ReaderStatistics
 from penstock.io.settings import NUM_REGIONS, ReadSettings
-from penstock.offload.buffers import convert
 from penstock.offload.checks import UnitChecks, verify_by_itself
 from penstock.offload.chunks import Chunk, plan_chunks
 from penstock.offload.clock import Stopwatch
-from penstock.offload.copies import Copies, copies_for
+from penstock.offload.copies import EXPAND, TRANSFER, Copies, copies_for
 from penstock.offload.lane import DiskLane, Fetch, Ring
-from penstock.offload.layout import Extent, Layout
+from penstock.offload.layout import Layout
 from penstock.offload.manifest import Check
+from penstock.offload.packing import Packer, piece_for
 from penstock.offload.plan import Plan
+from penstock.offload.rest import rest_places, source_nbytes
 from penstock.offload.tiers import Tier
 from penstock.offload.trace import INTO_HOST, STALLS, TO_DEVICE, Trace
 
@@ -48,9 +49,11 @@ wait for a piece, never for a layer."""
 class StreamStatistics:
     """What has moved so far, in bytes and seconds.
 
-    `device_bytes` counts bytes copied into slots and device layers, `disk` what the reader delivered. Computing waited
-    `disk_stall_seconds` for layers that live on NVMe and `host_stall_seconds` for layers in host RAM, out of
-    `layers_seconds` between entering the first layer and leaving the last; all as the device sees it.
+    `device_bytes` counts bytes copied into slots and device layers, `decoded_bytes` those of the parameters that were
+    made of them, `disk` what the reader delivered. Computing waited `disk_stall_seconds` for layers that live on NVMe
+    and `host_stall_seconds` for layers in host RAM, out of `layers_seconds` between entering the first layer and
+    leaving the last. Bringing layers from host RAM took `transfer_seconds`, expanding and converting what had arrived
+    `expand_seconds`. All as the device sees it.
     """
 
     device_bytes: int
@@ -58,6 +61,9 @@ class StreamStatistics:
     disk_stall_seconds: float
     host_stall_seconds: float
     layers_seconds: float
+    decoded_bytes: int
+    transfer_seconds: float
+    expand_seconds: float
 
 
 class _Slot:
@@ -110,7 +116,8 @@ class WeightStream:
         self._copies = copies_for(device, trace, piece_nbytes=_PIECE_NBYTES if plan.kv_host_nbytes else None)
         self._watch = Stopwatch(self._copies.clock, trace)
         self._entered: Any = None
-        self._moved = 0
+        self._moved = self._decoded = 0
+        self._room = plan.workspace_nbytes + plan.kv_nbytes
         self.host_nbytes = 0
         """Bytes of host RAM besides the device's buffers: layers that rest there, and what reads land in."""
         self._closed = False
@@ -141,34 +148,15 @@ class WeightStream:
             for number in range(plan.num_slots)
         ]
         self._slot_of = {index: slot for slot in self._slots for index in slot.cycle}
-        self._rest: dict[int, Tensor] = {}
-        self._filled: tuple[int, ...] = ()
-        self._rest_places(plan.layers_in(Tier.HOST), cleanup)
-
-    def _rest_places(self, in_host: Sequence[int], cleanup: ExitStack) -> None:
-        """Give each layer that lives in host RAM its place; layers made of the same bytes have one together."""
-        first: dict[tuple[Extent, ...], int] = {}
-        for index in in_host:
-            first.setdefault(self._layouts[index].extents, index)
-        nbytes = sum(self._layouts[index].wire_nbytes for index in first.values())
-        if not nbytes:
-            return
-        slab = cleanup.enter_context(HostMemory(nbytes, pin=self._device.type == "cuda"))
-        self.host_nbytes += nbytes
-        whole = torch.frombuffer(slab.view, dtype=torch.uint8)
-        start = 0
-        places = {}
-        for extents, index in first.items():
-            places[extents] = whole[start : start + self._layouts[index].wire_nbytes]
-            start += self._layouts[index].wire_nbytes
-        self._rest = {index: places[self._layouts[index].extents] for index in in_host}
-        self._filled = tuple(first.values())
+        pin = self._device.type == "cuda"
+        self._rest, self._filled = rest_places(self._layouts, plan.layers_in(Tier.HOST), cleanup, pin=pin)
+        self.host_nbytes += sum(self._layouts[index].wire_nbytes for index in self._filled)
 
     def _open_disk(
         self, checkpoint: Checkpoint, settings: ReadSettings, given: Reader | None, cleanup: ExitStack
     ) -> None:
         units = (self._resident_layout, *self._layouts)
-        largest = max(sum(extent.nbytes for extent in unit.extents) for unit in units)
+        largest = max(source_nbytes(unit) for unit in units)
         region = min(settings.region_nbytes, -(-largest // ALIGNMENT) * ALIGNMENT + ALIGNMENT)
         staging = cleanup.enter_context(HostMemory(NUM_REGIONS * region, pin=self._device.type == "cuda"))
         self.host_nbytes += NUM_REGIONS * region
@@ -183,6 +171,7 @@ class WeightStream:
             plan_chunks(layout.extents, chunk_nbytes=region) for layout in self._layouts
         ]
         self._resident_chunks = plan_chunks(self._resident_layout.extents, chunk_nbytes=region)
+        self._region_nbytes = region
         self._lane = DiskLane(given, Ring(staging, num_regions=NUM_REGIONS), self._trace)
         cleanup.callback(self._lane.close)
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="penstock-copy")
@@ -206,49 +195,84 @@ class WeightStream:
         self._copies.wait_for_computing(self._copies.computed())  # buffers may be memory that it was still using
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
-        shrinking = [index for index, buffer in self._own.items() if buffer.numel() < self._layouts[index].nbytes]
-        fetches = [self._fetch_from_disk(None, self.resident)]
-        fetches += [self._fetch_from_disk(index, self._own[index]) for index in self._own if index not in shrinking]
-        fetches += [self._fetch_to_host(index) for index in self._filled]
-        for fetch in fetches:
+        kept: list[int | None] = [None, *self._own, *self._filled]
+        made = [index for index in kept if self._is_made(index)]
+        fetches = {index: self._fetch_to_keep(index) for index in kept if index not in made}
+        for fetch in fetches.values():
             self._lane.start(fetch)
-        total = sum(chunk.nbytes for fetch in fetches for chunk in fetch.chunks)
-        total += sum(chunk.nbytes for index in shrinking for chunk in self._chunks[index])
+        total = sum(source_nbytes(self._layout_of(index)) for index in kept)
         done = 0
-        for fetch in chain(fetches, self._shrunk(shrinking)):
-            fetch.copies.block_until(fetch.arrived.result())
-            done += sum(chunk.nbytes for chunk in fetch.chunks)
+        for index in chain(self._arrivals(fetches), self._making(made)):
+            done += source_nbytes(self._layout_of(index))
             if progress:
                 progress(done, total)
         for slot in self._slots:
             self._refill(slot, slot.cycle[0])
 
-    def _shrunk(self, layers: Sequence[int]) -> Iterator[Fetch]:
-        """Load layers that stay on the device without what they were made from: in a slot, or memory for a while."""
-        if not layers:
+    def _layout_of(self, index: int | None) -> Layout:
+        return self._resident_layout if index is None else self._layouts[index]
+
+    def _is_made(self, index: int | None) -> bool:
+        """Tell whether more is needed to load a unit than to bring it: it is packed, or keeps its parameters only."""
+        layout = self._layout_of(index)
+        keeps_less = index is not None and index in self._own and self._own[index].numel() < layout.nbytes
+        return keeps_less or bool(layout.encodings)
+
+    def _arrivals(self, fetches: Mapping[int | None, Fetch]) -> Iterator[int | None]:
+        """Wait for each unit."""
+        for index, fetch in fetches.items():
+            fetch.copies.block_until(fetch.arrived.result())
+            yield index
+
+    def _making(self, units: Sequence[int | None]) -> Iterator[int | None]:
+        """Load units that are made in one go each, layers in a slot, or in memory for a while."""
+        if not units:
             return
-        needed = max(self._layouts[index].nbytes for index in layers)
+        needed = max(self._layout_of(index).nbytes for index in units)
+        encodings = [one for index in units for one in self._layout_of(index).encodings]
+        options = {"chunk_nbytes": self._region_nbytes, "at_once": piece_for(self._room)}
         with ExitStack() as cleanup:
             whole = self._slots[0].buffer if self._slots else self._allocate(needed, cleanup)
-            for index in layers:
-                fetch = self._fetch_from_disk(index, whole)
-                self._lane.start(fetch)
-                self._copies.block_until(fetch.arrived.result())
-                fetch.buffer = self._own[index]  # nobody keeps what goes back at the end
-                with self._copies.issue():
-                    self._copies.copy(fetch.buffer, whole[: fetch.buffer.numel()])
-                self._copies.block_until(self._copies.mark())
-                yield fetch
+            packer = cleanup.enter_context(Packer(encodings, self._lane, self._copies, self._device, **options))
+            for index in units:
+                self._make(index, self.resident if index is None else whole, packer)
+                yield index
             del whole
+
+    def _make(self, index: int | None, whole: Tensor, packer: Packer) -> None:
+        """Load a unit in `whole`; keep its parameters, or of one that rests in host RAM its wire bytes."""
+        layout = self._layout_of(index)
+        fetch = self._fetch_from_disk(index, whole)
+        fetch.layout = None  # it is not whole yet
+        self._lane.start(fetch)
+        self._copies.block_until(fetch.arrived.result())
+        packer.fill(layout.encodings, whole)
+        packed = self._copies.computed()
+        with self._copies.issue():
+            self._copies.wait_for_computing(packed)
+            if index in self._rest:
+                kept, made = self._rest[index], whole[layout.wire_offset : layout.nbytes]
+            else:
+                self._copies.wait_for_computing(self._copies.expand(layout, whole))
+                kept = whole if index is None else self._own[index]
+                made = whole[: kept.numel()]
+            self._copies.copy(kept, made)
+        self._copies.block_until(self._copies.mark())
+        fetch.buffer = kept  # the lane may hold on to it longer than `whole` is there
+
+    def _fetch_to_keep(self, index: int | None) -> Fetch:
+        """Return the fetch of a unit to where it stays."""
+        if index is None or index in self._own:
+            return self._fetch_from_disk(index, self.resident if index is None else self._own[index])
+        return self._fetch_to_host(index)
 
     def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
         """Return the fetch of a layer, or of the resident unit (None), to its buffer on the device."""
-        chunks: Sequence[Chunk]
-        if index is None:
-            chunks, layout, checks = self._resident_chunks, self._resident_layout, self._resident_checks
-        else:
-            chunks, layout, checks = self._chunks[index], self._layouts[index], self._checks[index]
+        layout = self._layout_of(index)
+        chunks = self._resident_chunks if index is None else self._chunks[index]
+        checks = self._resident_checks if index is None else self._checks[index]
         self._moved += sum(chunk.nbytes for chunk in chunks)
+        self._decoded += layout.parameter_nbytes
         name = "resident unit" if index is None else f"layer {index}"
         return Fetch(chunks, buffer, 0, self._copies, layout, after, checks.begin(), name=name)
 
@@ -312,6 +336,7 @@ class WeightStream:
         slot.layer, slot.entered = None, False
         if index in self._rest:
             self._moved += self._layouts[index].wire_nbytes
+            self._decoded += self._layouts[index].parameter_nbytes
             slot.arrived = Future()
             if self._copies.asynchronous:
                 self._fetch_from_host(slot, index, slot.arrived)
@@ -328,11 +353,11 @@ class WeightStream:
         try:
             with self._copies.issue():
                 self._copies.wait_for_computing(slot.released)
+                begun = self._copies.watch.begin()
                 with self._copies.traced(TO_DEVICE, f"layer {index}", bytes=layout.wire_nbytes):
                     self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
-            with self._copies.expanding():
-                convert(layout, slot.buffer)
-                arrived.set_result(self._copies.expanded())
+                self._copies.watch.end(TRANSFER, begun)
+            arrived.set_result(self._copies.expand(layout, slot.buffer))
         except BaseException as error:
             arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
             if not isinstance(error, Exception):
@@ -346,6 +371,9 @@ class WeightStream:
             disk_stall_seconds=self._watch.seconds(Tier.NVME),
             host_stall_seconds=self._watch.seconds(Tier.HOST),
             layers_seconds=self._watch.seconds(_LAYERS),
+            decoded_bytes=self._decoded,
+            transfer_seconds=self._copies.watch.seconds(TRANSFER),
+            expand_seconds=self._copies.watch.seconds(EXPAND),
         )
 
     def close(self) -> None:

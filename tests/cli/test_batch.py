@@ -166,6 +166,7 @@ def test_memory_may_differ_when_a_job_goes_on_but_nothing_else(batch, stop_after
         (["--max-tokens", "3"], "parameters"),
         (["--dtype", "bfloat16"], "dtype"),
         (["--kv-dtype", "int8"], "kv_dtype"),
+        (["--codec", "int8", "--group-size", "32"], "codec"),
     ):
         status, err = batch(*options)
         assert status == 1

@@ -42,7 +42,7 @@ from penstock.errors import (
 from penstock.io.checkpoint import Checkpoint
 from penstock.offload.buffers import view_of
 from penstock.offload.layout import Layout
-from penstock.offload.manifest import Check
+from penstock.offload.manifest import Check, Stored
 
 __all__ = [
     "Outline",
@@ -183,12 +183,14 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    code: Callable[[Stored, Any, str, nn.ModuleList], Stored] | None = None,
 ) -> StreamedModel:
     """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
 
     `dtype` is "auto" (the checkpoint's), or the one to compute in. A `checkpoint` that is given stands for the
-    directory's own weights. Raises ModelError where the model cannot be run so, and CheckpointError where the
-    checkpoint does not make the model.
+    directory's own weights. `code`, called with its tensors, the module, and the name and list of its layers, may let
+    coded tensors stand for plain ones. Raises ModelError where the model cannot be run so, and CheckpointError where
+    the checkpoint does not make the model.
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
@@ -196,6 +198,8 @@ def load_model(
     made = outline(config, directory, dtype=compute_dtype)
     module, layers = made.module, made.layers
     check_orientation(module, stored, directory)
+    if code is not None:
+        stored = code(stored, module, made.layers_name, layers)
     adaptation = adapt(module, layers)
     gate_bodies(module, made.layers_name)
     _place_buffers(module, device)

@@ -17,7 +17,7 @@ from penstock.engine.model.symbolic import Box
 from penstock.io.files import TensorEntry
 from penstock.offload.buffers import dtype_name
 from penstock.offload.codec import Coding
-from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Expansion, Extent, Layout, View
+from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Encoding, Expansion, Extent, Layout, View
 from penstock.offload.manifest import CodedTensor
 from penstock.offload.scaled import ScaledCoding
 
@@ -86,6 +86,7 @@ class _Buffer:
     end: int = 0
     extents: list[Extent] = field(default_factory=list)
     expansions: list[Expansion] = field(default_factory=list)
+    encodings: list[Encoding] = field(default_factory=list)
 
     def view(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> View:
         """Make room for a tensor."""
@@ -113,9 +114,22 @@ class _Buffer:
         step = max(self.end - start, PARAMETER_ALIGNMENT)
         self.end = start + step * len(coded)
         for index, one in enumerate(coded):
-            for view, part in zip(first, one.parts, strict=True):
-                self.extents.append(Extent(part.file, part.offset, part.nbytes, view.offset + index * step))
+            self._bring(one, tuple(view.offset + index * step for view in first))
         self.expansions.append(Expansion(coded[0].coding, first, target, len(coded), step, target_step))
+
+    def _bring(self, one: CodedTensor, destinations: tuple[int, ...]) -> None:
+        """Have the parts of a coded tensor read, or made."""
+        if one.origin is None:
+            for part, destination in zip(one.parts, destinations, strict=True):
+                self.extents.append(Extent(part.file, part.offset, part.nbytes, destination))
+            return
+        assert isinstance(one.coding, Coding)
+        entry, sizes = one.origin.entry, tuple(part.nbytes for part in one.parts)
+        self.encodings.append(
+            Encoding(
+                one.name, entry.file, entry.offset, entry.nbytes, one.coding, one.origin.table, destinations, sizes
+            )
+        )
 
 
 def lay_out(pieces: Sequence[Piece], sources: Sources) -> Layout:
@@ -151,6 +165,7 @@ def lay_out(pieces: Sequence[Piece], sources: Sources) -> Layout:
         parameter_nbytes=parameter_nbytes,
         nbytes=buffer.end,
         expansions=tuple(buffer.expansions),
+        encodings=tuple(sorted(buffer.encodings, key=lambda one: (str(one.file.path), one.source))),
     )
 
 

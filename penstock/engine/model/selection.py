@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from penstock.engine.blueprints import ROUTERS
-from penstock.engine.model.build import StreamedModel
 from penstock.engine.model.conversion import group_weights
 from penstock.engine.model.placement import Sources
 
-__all__ = ["linear_weights"]
+__all__ = ["layer_weights", "linear_weights"]
 
 
-def linear_weights(model: StreamedModel, tensors: Sources) -> frozenset[str]:
+def layer_weights(module: Any, layers_name: str, tensors: Sources) -> frozenset[str]:
+    """Return the names of checkpoint tensors that decoder layers are made of."""
+    groups, _ = group_weights(module, tensors)
+    return frozenset(name for group in groups if group.target.startswith(f"{layers_name}.") for name in group.sources)
+
+
+def linear_weights(module: Any, layers: Iterable[nn.Module], tensors: Sources) -> frozenset[str]:
     """Return the names of checkpoint tensors that make such weights; no routers, norms, embeddings or heads."""
-    inside = {id(part) for layer in model.layers for part in layer.modules()}
-    groups, _ = group_weights(model.module, tensors)
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    groups, _ = group_weights(module, tensors)
     return frozenset(
         name
         for group in groups
-        if _is_linear(model.module, group.target, inside)
+        if _is_linear(module, group.target, inside)
         for name in group.sources
         if len(tensors[name].shape) >= 2
     )
