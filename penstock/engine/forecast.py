@@ -148,6 +148,8 @@ class _Homes:
         self._host_nbytes = num_blocks * cost.block_nbytes
         mean = sum(map(self._host_cost.blocks_of, lengths)) / len(lengths)
         self._besides = cost.besides(plan.kv_nbytes, lengths, num_elsewhere=int(num_blocks / max(mean, 1)))
+        if not cost.windows and cost.block_nbytes:  # what no whole block fits in serves sequences too
+            self._besides += (plan.kv_nbytes - self._besides) % cost.block_nbytes
         self._stores = {
             Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost),
             Tier.HOST: _Store(self._host_nbytes, self._host_cost),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_plan import make_plan_of
 
@@ -136,6 +136,7 @@ def kernels(tmp_path_factory):
 
 
 @settings(max_examples=30, deadline=None)
+@example([Length(1, 8), Length(1, 12), Length(9, 20), Length(17, 20)], 840, 400, 30, ())
 @given(
     LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([0, 30]),
     st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
