@@ -225,7 +225,7 @@ class RunReport:
             f"computing waited {disk.stall_seconds:.2f} s for weights",
             f"layer code     {self.compilation.explain()}",
             f"RAM            the process held up to {format_size(self.peak_process_nbytes)}; "
-            f"planned for {format_size(self.planned_process_nbytes)}",
+            f"{format_size(self.planned_process_nbytes)} were planned, libraries that load later not counted",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",
         ]
         if self.plan.kv_host_nbytes:
