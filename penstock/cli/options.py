@@ -36,6 +36,18 @@ def add_memory(parser: Any) -> Any:
         help="the part of the host budget for keys and values of further sequences, whose attention is computed there "
         "(default: what is forecast to be best, where that is known; else none)",
     )
+    memory.add_argument(
+        "--kv-nvme",
+        metavar="SIZE",
+        default=0,
+        help="a scratch file for keys and values of still more sequences, or longer ones; they are read into a small "
+        "part of the host budget (default: none)",
+    )
+    memory.add_argument(
+        "--kv-scratch",
+        metavar="DIR",
+        help="where that file lies, without a name (default: the model's directory if it can be written, or /var/tmp)",
+    )
     memory.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
     memory.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     memory.add_argument(
@@ -70,7 +82,11 @@ def add_memory(parser: Any) -> Any:
 def tiers_of(options: argparse.Namespace) -> MemoryTiers:
     """Return the budgets. Raises SizeError."""
     return MemoryTiers(
-        device=options.device_memory, host=options.host_memory, nvme=options.nvme, kv_host=options.kv_host_memory
+        device=options.device_memory,
+        host=options.host_memory,
+        nvme=options.nvme,
+        kv_host=options.kv_host_memory,
+        kv_nvme=options.kv_nvme,
     )
 
 
@@ -97,6 +113,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         objective=options.objective,
         codec=codec,
+        kv_scratch=options.kv_scratch,
         **more,
     )
     progress.clear()

@@ -67,6 +67,9 @@ def add_to(commands: Any) -> None:
         metavar="SIZE",
         help="the part of the host budget for keys and values whose attention is computed there (default: the best)",
     )
+    machine.add_argument(
+        "--kv-nvme", metavar="SIZE", default=0, help="a scratch file for keys and values on the disk (default: none)"
+    )
     machine.add_argument("--nvme", metavar="SIZE", help="how much may be left on disk (default: any amount)")
     parser.add_argument("--json", action="store_true", help="print nothing but one JSON object")
 
@@ -87,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         host=options.host_memory,
         nvme=options.nvme,
         kv_host=options.kv_host_memory,
+        kv_nvme=options.kv_nvme,
     )
     question = Question(anatomy, hardware, tiers, lengths, options.objective)
     _check_context(question)

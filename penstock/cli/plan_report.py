@@ -69,7 +69,13 @@ def _places(question: Question, plan: Plan) -> str:
             f"of a budget of {format_size(question.tiers.host or 0)}",
         ),
         *([("", "keys and values", plan.kv_host_nbytes, f"{token}, attended to there")] if plan.kv_host_nbytes else []),
+        *([("", "room to read", plan.kv_landing_nbytes, "keys and values on NVMe")] if plan.kv_landing_nbytes else []),
         ("nvme", _layers(counts[Tier.NVME]), plan.nvme_nbytes, "read in every pass" if plan.nvme_nbytes else ""),
+        *(
+            [("", "keys and values", plan.kv_nvme_nbytes, f"{token}, read in every pass")]
+            if plan.kv_nvme_nbytes
+            else []
+        ),
     ]
     lines = [f"{where:8}{what:24}{format_size(nbytes):>12}  {more}".rstrip() for where, what, nbytes, more in rows]
     return "\n".join(lines)
@@ -158,7 +164,13 @@ def _asked(question: Question) -> dict[str, Any]:
 
 
 def _tiers(tiers: MemoryTiers) -> dict[str, int | None]:
-    return {"device": tiers.device, "host": tiers.host, "nvme": tiers.nvme, "kv_host": tiers.kv_host}
+    return {
+        "device": tiers.device,
+        "host": tiers.host,
+        "nvme": tiers.nvme,
+        "kv_host": tiers.kv_host,
+        "kv_nvme": tiers.kv_nvme,
+    }
 
 
 def refusal(question: Question, error: BudgetError, nearest: Nearest) -> str:

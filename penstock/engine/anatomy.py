@@ -83,6 +83,7 @@ class Anatomy:
     """A model taken apart. `dtype` is a torch dtype's name; counts of elements are per token.
 
     `kv_token_nbytes` is what all layers keep of a token, as `kv_dtype`; those of `kv_windows` only of the last ones.
+    `kv_layers` are the parts of those that keep any.
     `state_nbytes` is what a sequence keeps whatever its length, besides two rows of logits. `quantised` names the
     method by which the weights are quantised, if they are.
     """
@@ -102,6 +103,7 @@ class Anatomy:
     kv_windows: tuple[WindowLayer, ...] = ()
     kv_dtype: str = "auto"
     quantised: str | None = None
+    kv_layers: tuple[int, ...] = ()
 
     def shape(self, *, on_cpu: bool) -> ModelShape:
         """Return what planning asks for."""
@@ -119,6 +121,7 @@ class Anatomy:
             kv_windows=self.kv_windows,
             kv_dtype=self.kv_dtype,
             kept_nbytes=tuple(sum(_aligned(part.nbytes) for part in unit.parts) for unit in self.layers),
+            kv_layers=self.kv_layers,
         )
 
     def why_not_coded(self, codec: CodecName) -> str | None:
@@ -269,6 +272,7 @@ def _taken_apart(name: str, family: str, blueprint: Blueprint, config: Config, d
         resident=resident,
         layers=tuple(layers),
         kv_token_nbytes=number * layer_nbytes,
+        kv_layers=(layer_nbytes,) * number,
         working_elements=blueprint.at_work(config),
         held_elements=blueprint.held(config),
         kv_windows=tuple(

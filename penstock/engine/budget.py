@@ -89,4 +89,4 @@ def resolve(tiers: MemoryTiers, device: torch.device, *, staging_nbytes: int, pr
     if host_wanted > left and kv_host is None:
         logger.info("the host budget is more than there is, so it has no keys and values unless they are asked for")
         kv_host = 0
-    return MemoryTiers(device=wanted, host=host_wanted, nvme=tiers.nvme, kv_host=kv_host)
+    return replace(tiers, device=wanted, host=host_wanted, kv_host=kv_host)

@@ -103,8 +103,10 @@ class Forecast:
 class _Store:
     """What a store of blocks would have, in numbers: bytes that are free, and what each sequence holds."""
 
-    def __init__(self, nbytes: int, cost: KVCost) -> None:
+    def __init__(self, nbytes: int, cost: KVCost, *, most_blocks: int | None = None) -> None:
+        self.nbytes = nbytes
         self._cost = cost
+        self._most_blocks = most_blocks
         self._free = nbytes
         self._held: dict[Hashable, int] = {}
         self._known: dict[int, int] = {}  # the same lengths come again and again
@@ -116,6 +118,10 @@ class _Store:
 
     def fits(self, num_tokens: int) -> bool:
         return self._nbytes(num_tokens) <= self._free
+
+    def could_hold(self, num_tokens: int) -> bool:
+        enough = self._most_blocks is None or self._cost.blocks_of(num_tokens) <= self._most_blocks
+        return enough and self._nbytes(num_tokens) <= self.nbytes
 
     def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
         self._held[sequence] = nbytes = self._nbytes(num_tokens)
@@ -136,24 +142,28 @@ class _Store:
 class _Homes:
     """The room that the homes of keys and values would have, in numbers; `KVHomes` is the real one.
 
-    Host RAM has whole blocks, in which layers with windows keep all tokens. What sequences have besides is on the
-    device, wherever they are at home.
+    Host RAM and NVMe have whole blocks, in which layers with windows keep all tokens. What sequences have besides is on
+    the device, wherever they are at home.
     """
 
     def __init__(self, plan: Plan, cost: KVCost, lengths: list[int]) -> None:
         self._cost = cost
         self._limit = plan.kv_nbytes
-        self._host_cost = KVCost(cost.token_nbytes, 0, cost.block_tokens)
-        num_blocks = plan.kv_host_nbytes // cost.block_nbytes if cost.block_nbytes else 0
-        self._host_nbytes = num_blocks * cost.block_nbytes
-        mean = sum(map(self._host_cost.blocks_of, lengths)) / len(lengths)
+        landing = plan.kv_landing_nbytes // max(cost.stride_nbytes, 1)  # blocks of a sequence that can be read at once
+        beside = (
+            (Tier.HOST, cost.in_host, plan.kv_host_nbytes, None),
+            (Tier.NVME, cost.on_disk, plan.kv_nvme_nbytes, landing),
+        )
+        elsewhere = {
+            tier: _Store(nbytes // max(each.block_nbytes, 1) * each.block_nbytes, each, most_blocks=most)
+            for tier, each, nbytes, most in beside
+        }
+        num_blocks = sum(nbytes // max(each.block_nbytes, 1) for _, each, nbytes, _ in beside)
+        mean = sum(map(cost.in_host.blocks_of, lengths)) / len(lengths)
         self._besides = cost.besides(plan.kv_nbytes, lengths, num_elsewhere=int(num_blocks / max(mean, 1)))
         if not cost.windows and cost.block_nbytes:  # what no whole block fits in serves sequences too
             self._besides += (plan.kv_nbytes - self._besides) % cost.block_nbytes
-        self._stores = {
-            Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost),
-            Tier.HOST: _Store(self._host_nbytes, self._host_cost),
-        }
+        self._stores = {Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost), **elsewhere}
         self._homes: dict[Hashable, Tier] = {}
 
     def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
@@ -162,17 +172,17 @@ class _Homes:
     def _find(self, num_tokens: int, most: int) -> Tier | None:
         if (len(self._homes) + 1) * self._cost.sequence_nbytes > self._besides:
             return None
-        if self._stores[Tier.DEVICE].fits(num_tokens) and self._cost.of(most) <= self._limit:
-            return Tier.DEVICE
-        if self._stores[Tier.HOST].fits(num_tokens) and self._host_cost.of(most) <= self._host_nbytes:
-            return Tier.HOST
+        for tier, store in self._stores.items():
+            could = self._cost.of(most) <= self._limit if tier is Tier.DEVICE else store.could_hold(most)
+            if could and store.fits(num_tokens):
+                return tier
         return None
 
     def fits(self, num_tokens: int, *, most: int) -> bool:
         return self._find(num_tokens, most) is not None
 
     def check(self, num_tokens: int, what: str) -> None:
-        if self._host_cost.of(num_tokens) > self._host_nbytes:
+        if not any(self._stores[tier].could_hold(num_tokens) for tier in (Tier.HOST, Tier.NVME)):
             self._cost.check(self._limit, num_tokens, what)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:
@@ -232,8 +242,9 @@ class _Costs:
     model: ModelFlops
     kept: KVCost
 
-    def of(self, device: Batches, hosted: Batches, *, rows: int) -> PassCost:
-        """Return the cost of a pass over micro-batches of the two homes, of which `rows` tokens go through the head."""
+    def of(self, device: Batches, in_host: Batches, on_disk: Batches, *, rows: int) -> PassCost:
+        """Return the cost of a pass over micro-batches of each home, of which `rows` tokens go through the head."""
+        hosted = [*in_host, *on_disk]
         batches = [*device, *hosted]
         weights = sum(self.model.weights_read(sum(span.length for span in batch)) for batch in batches)
         there = [span for span in chain.from_iterable(hosted) if span.length > 1 or self.plan.kv_dtype == "int4"]
@@ -245,7 +256,15 @@ class _Costs:
             num_calls=len(batches) * len(self.plan.tiers),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
+            disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
+
+    def _on_disk(self, spans: Iterable[Span]) -> float:
+        """Bytes that are read of tokens that were there before, and written of new ones, in whole blocks."""
+        seen = ((span.end if span.length == 1 else span.start, span.length) for span in spans)
+        whole = self.kept.on_disk
+        padded = whole.token_nbytes / max(self.kept.token_nbytes, 1)
+        return sum(padded * self.kept.seen_nbytes(known) + whole.of(new) for known, new in seen)
 
     def _seen(self, spans: Iterable[Span]) -> int:
         """Bytes of keys and values that single tokens read; prompts have theirs at hand."""
@@ -305,10 +324,10 @@ class _Tally:
             self._append(scheduler, scheduler.running, count)
 
     def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
-        homes: dict[Tier, list[Items[Span]]] = {Tier.DEVICE: [], Tier.HOST: []}
+        homes: dict[Tier, list[Items[Span]]] = {tier: [] for tier in Tier}
         for batch in batches:
             homes[self._room.home_of(batch[0].sequence)].append(batch)
-        return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], rows=rows)
+        return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], homes[Tier.NVME], rows=rows)
 
     def _add(self, cost: PassCost, *, generated: int) -> None:
         self._seconds.append(self._seconds[-1] + cost.seconds)

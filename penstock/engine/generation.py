@@ -66,6 +66,7 @@ class Generation:
         self.recomputed_tokens = 0
         self.peak_sequences = 0
         self.peak_hosted = 0
+        self.peak_on_nvme = 0
         self.first_token_seconds = 0.0
         self._expected_tokens = 0
         if isinstance(sequences, list):
@@ -99,9 +100,10 @@ class Generation:
             self._scheduler.abort()
 
     def _count(self, running: Collection[Sequence]) -> None:
-        hosted = sum(self._homes.home_of(sequence.number) is Tier.HOST for sequence in running)
+        homes = [self._homes.home_of(sequence.number) for sequence in running]
         self.peak_sequences = max(self.peak_sequences, len(running))
-        self.peak_hosted = max(self.peak_hosted, hosted)
+        self.peak_hosted = max(self.peak_hosted, homes.count(Tier.HOST))
+        self.peak_on_nvme = max(self.peak_on_nvme, homes.count(Tier.NVME))
 
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Run one pass; return the sequences that got a token, or the last of their scores."""

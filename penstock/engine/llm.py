@@ -47,11 +47,13 @@ from penstock.errors import (
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
+from penstock.io.reserve import check_reserve, choose_directory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
 from penstock.offload.buffers import check_decoders
 from penstock.offload.codec import CodecName, PackOptions
 from penstock.offload.cost import Machine
+from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes
@@ -88,11 +90,13 @@ class LLM:
     best for requests of the lengths that it `expects` on this `hardware`, by `objective`: the whole run soonest
     ("throughput"), or a request soonest on average ("latency"); without either, the usual one. With `tiers="auto"` the
     budgets are most of what is free, and the machine is what `penstock profile` has kept in ~/.cache, if it has. Code
-    that is compiled for attention in host RAM is kept in `kernel_directory`, where given. A context manager; `close`
-    gives all memory back.
+    that is compiled for attention in host RAM is kept in `kernel_directory`, where given. Keys and values on NVMe are
+    in a file without a name, in the directory `kv_scratch`: else in the model's, or /var/tmp where that cannot be. A
+    context manager; `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
-    fit, saying what would be enough. Nothing is written anywhere but what the compilers of torch and Triton cache.
+    fit, saying what would be enough; TargetError and NoSpaceError for a disk that cannot have keys and values. Nothing
+    else is written anywhere but what the compilers of torch and Triton cache.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class LLM:
         expects: Items[Length] = (),
         objective: Objective = "throughput",
         kernel_directory: Path | None = None,
+        kv_scratch: str | PathLike[str] | None = None,
     ) -> None:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
@@ -127,6 +132,8 @@ class LLM:
         asked = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
         fixed = {name: value for name, value in asked.items() if value is not None}
         limits = limits_of(self._device, fixed)
+        budgets = MemoryTiers() if tiers is None or tiers == "auto" else tiers
+        self._kv_scratch = _find_scratch(self.path, budgets.kv_nvme, kv_scratch)
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
         code = self._code_on_load(codec)
@@ -143,7 +150,6 @@ class LLM:
         self._start_up.end("model")
         self._compiler = LayerCompiler(self._model.layers)
         self._executor = Executor(self._model.layers)
-        budgets = MemoryTiers() if tiers is None or tiers == "auto" else tiers
         known = resolve(
             budgets, self._device, staging_nbytes=self._io.staging_nbytes, pretended=checkpoint.shares_bytes
         )
@@ -246,10 +252,14 @@ class LLM:
         """Take all memory that the plan says."""
         on_cpu = self.plan.device_nbytes if self._device.type == "cpu" else 0
         self._planned_nbytes = psutil.Process().memory_info().rss + on_cpu + self.plan.kv_host_nbytes
+        self._planned_nbytes += self.plan.kv_landing_nbytes
         options: dict[str, Any] = {"cost": self._kv_cost, "device": self._device, "kv_dtype": self._kv_dtype}
         windows = {layer.layer: layer.window for layer in self._shape.kv_windows}
         self._kv = open_kv(limit_nbytes=self.plan.kv_nbytes, windows=windows, **options)
         options |= {"host_nbytes": self.plan.kv_host_nbytes, "kernel_directory": kernel_directory, "trace": trace}
+        if self.plan.kv_nvme_nbytes:
+            sizes = self.plan.kv_nvme_nbytes, self.plan.kv_landing_nbytes
+            options["nvme"] = DiskRoom(*sizes, directory=self._kv_scratch, settings=self._io)
         self._homes = cleanup.enter_context(KVHomes(self._kv, **options))
         self._weights = cleanup.enter_context(
             WeightStream(
@@ -469,6 +479,7 @@ class LLM:
             load_bytes=self._load_bytes,
             peak_sequences=generation.peak_sequences,
             peak_hosted=generation.peak_hosted,
+            peak_on_nvme=generation.peak_on_nvme,
             num_preemptions=generation.num_preemptions,
             recomputed_tokens=generation.recomputed_tokens,
             planned_process_nbytes=self._planned_nbytes,
@@ -503,6 +514,15 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _find_scratch(model: Path, nbytes: int, asked: str | PathLike[str] | None) -> Path:
+    """Return where keys and values on NVMe go, of which nothing is made if there are none. Raises TargetError."""
+    if not nbytes:
+        return model
+    directory = choose_directory(model, nbytes) if asked is None else Path(asked)
+    check_reserve(directory, nbytes)
+    return directory
 
 
 def _find_tokenizer(path: Path) -> Any | None:

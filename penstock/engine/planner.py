@@ -168,7 +168,7 @@ class _Search:
         if self._objective == "latency":
             return 0.0
         at_once = plan.kv_nbytes // max(self._smallest_nbytes, 1)
-        at_once += plan.kv_host_nbytes // max(self._hosted_nbytes, 1)
+        at_once += (plan.kv_host_nbytes + plan.kv_nvme_nbytes) // max(self._hosted_nbytes, 1)
         at_once = max(min(at_once, len(self._lengths)), 1)
         return self._generated / at_once * pass_cost(plan, self._machine, flops=0, weight_nbytes=0).seconds
 

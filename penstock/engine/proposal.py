@@ -16,7 +16,7 @@ from penstock.errors import BudgetError
 from penstock.offload.codec import CodecName
 from penstock.offload.machines import Hardware
 from penstock.offload.plan import PassLimits
-from penstock.offload.tiers import MemoryTiers, format_size
+from penstock.offload.tiers import MemoryTiers, Size, format_size
 
 __all__ = ["Nearest", "Question", "WhatIf", "budgets_of", "nearest_that_fits", "what_ifs"]
 
@@ -84,12 +84,13 @@ def budgets_of(
     host: str | None = None,
     nvme: str | None = None,
     kv_host: str | None = None,
+    kv_nvme: Size = 0,
 ) -> MemoryTiers:
     """Return what a run may use of a machine: what is said, and else the shares that a run takes of what is free.
 
     Raises SizeError, and BudgetError for more than the machine has, or where its device's memory is not known.
     """
-    said = MemoryTiers(device=device, host=host, nvme=nvme, kv_host=kv_host)
+    said = MemoryTiers(device=device, host=host, nvme=nvme, kv_host=kv_host, kv_nvme=kv_nvme)
     whole = hardware.host_nbytes if hardware.on_cpu else hardware.device_nbytes
     if whole is None and said.device is None:
         fix = "Give --device-memory, or measure again with `penstock profile`."

@@ -81,6 +81,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
         kv_dtype=kv_dtype,
         kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
         packed_on_load=any(layout.encodings for layout in layers),
+        kv_layers=tuple(kv.layer_nbytes().values()),
     )
 
 
@@ -185,6 +186,7 @@ def dissect(directory: Path, *, dtype: str = "auto", kv_dtype: str = "auto") -> 
         held_elements=-(-shape.held_nbytes // size),
         state_nbytes=shape.kv_sequence_nbytes - 2 * model.vocab_size * size,
         kv_windows=shape.kv_windows,
+        kv_layers=shape.kv_layers,
         kv_dtype=kv_dtype,
         quantised=quantised_by(directory),
     )

@@ -24,9 +24,10 @@ class Traffic:
 
     `disk_busy_seconds` is the time with at least one read under way. Computing waited `disk_stall_seconds` for layers
     from NVMe and `host_stall_seconds` for layers from host RAM, within the `layers_seconds` of going through them all;
-    and there, `attention_stall_seconds` for the `attention_seconds` of attention in host RAM. `decoded_bytes` are those
-    of the parameters that the `device_bytes` were decoded to; bringing layers from host RAM took `transfer_seconds`,
-    expanding and converting what had arrived `expand_seconds`.
+    and there, `attention_stall_seconds` for the `attention_seconds` of attention beside the device, and for the
+    `kv_disk_seconds` that reading and writing keys and values on NVMe took. `decoded_bytes` are those of the parameters
+    that the `device_bytes` were decoded to; bringing layers from host RAM took `transfer_seconds`, expanding and
+    converting what had arrived `expand_seconds`.
     """
 
     disk_bytes: int
@@ -41,6 +42,9 @@ class Traffic:
     decoded_bytes: int = 0
     transfer_seconds: float = 0.0
     expand_seconds: float = 0.0
+    kv_read_bytes: int = 0
+    kv_written_bytes: int = 0
+    kv_disk_seconds: float = 0.0
 
     @property
     def stall_seconds(self) -> float:
@@ -67,6 +71,9 @@ class Traffic:
             decoded_bytes=stream.decoded_bytes,
             transfer_seconds=stream.transfer_seconds,
             expand_seconds=stream.expand_seconds,
+            kv_read_bytes=homes.disk.read_bytes,
+            kv_written_bytes=homes.disk.written_bytes,
+            kv_disk_seconds=homes.disk.seconds,
         )
 
 
@@ -117,7 +124,7 @@ class RunReport:
     """One call of `generate`, for people and for JSON.
 
     `first_token_seconds` counts from the call, `start_up` from the start of the process to the model's being there.
-    Of the `peak_sequences` at once, up to `peak_hosted` had their keys and values in host RAM.
+    Of the `peak_sequences` at once, up to `peak_hosted` had their keys and values in host RAM, `peak_on_nvme` on NVMe.
     `peak_process_nbytes` is the most RAM that the process ever held, libraries included; on the CPU that includes the
     device budget. Once there was a plan, it was to be `planned_process_nbytes`, were all memory used.
     `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way to older ones
@@ -149,6 +156,7 @@ class RunReport:
     forecast: Forecast | None = None
     peak_hosted: int = 0
     codec: str | None = None
+    peak_on_nvme: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -189,6 +197,12 @@ class RunReport:
             "attention_in_host": {
                 "peak_sequences": self.peak_hosted,
                 "busy_seconds": self.traffic.attention_seconds,
+            },
+            "kv_on_nvme": {
+                "peak_sequences": self.peak_on_nvme,
+                "read_bytes": self.traffic.kv_read_bytes,
+                "written_bytes": self.traffic.kv_written_bytes,
+                "busy_seconds": self.traffic.kv_disk_seconds,
             },
             "reader": self.reader,
             "layer_code": self.compilation.as_dict(),
@@ -232,6 +246,12 @@ class RunReport:
             lines.append(
                 f"host RAM       keys and values of up to {self.peak_hosted} sequences; attention there took "
                 f"{disk.attention_seconds:.2f} s, computing waited {disk.attention_stall_seconds:.2f} s for it"
+            )
+        if self.plan.kv_nvme_nbytes:
+            lines.append(
+                f"NVMe           keys and values of up to {self.peak_on_nvme} sequences; "
+                f"{disk.kv_read_bytes / 1e6:.1f} MB read and {disk.kv_written_bytes / 1e6:.1f} MB written in "
+                f"{disk.kv_disk_seconds:.2f} s; computing waited {disk.attention_stall_seconds:.2f} s for attention"
             )
         if self.num_preemptions:
             lines.append(

@@ -8,8 +8,9 @@ waits at the head of the queue, and then goes through the model again, prompt an
 So none waits for ever: the oldest takes what it needs from the younger ones and ends, and nothing overtakes the head of
 the queue, even where something smaller would fit.
 
-Micro-batches are of one home of keys and values each. Those of sequences at home in host RAM come first, so that
-attention there has the longest time; single tokens and prompts of them apart, because prompts need not wait for it.
+Micro-batches are of one home of keys and values each. Those of sequences at home on NVMe come first and then those in
+host RAM, so that attention there has the longest time; single tokens and prompts of them apart, because prompts need
+not wait for it.
 
 Only the head is looked at. What waits behind it may still be in an iterator, unread; it costs a pass nothing.
 """
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import Protocol
 
 from penstock.engine.batch import Span
@@ -33,6 +34,10 @@ __all__ = ["Room", "Schedule", "Scheduler"]
 
 MANY = 1024
 """Memory is arranged for so many of those that wait: enough for a mean, and no more work for a longer queue."""
+
+
+_HOMES = (Tier.NVME, Tier.HOST, Tier.DEVICE)
+"""In the order in which their micro-batches run."""
 
 
 class Room(Protocol):
@@ -54,7 +59,7 @@ class Room(Protocol):
         """Reserve more for a running sequence: so many tokens in all. False, and no more, if there is too little."""
 
     def home_of(self, sequence: Hashable) -> Tier:
-        """Say where the memory of a sequence is: on the device or in host RAM."""
+        """Say where the memory of a sequence is: on the device, in host RAM or on NVMe."""
 
     def release(self, sequence: Hashable) -> None:
         """Give it back."""
@@ -249,15 +254,13 @@ class _Packers:
 
     def __init__(self, room: Room, micro_batch_tokens: int, *, splits: bool) -> None:
         self._room = room
-        self._packers = {kind: _Packer(micro_batch_tokens, splits=splits) for kind in ("hosted", "hosted prompts", "")}
+        self._packers = {kind: _Packer(micro_batch_tokens, splits=splits) for kind in product(_HOMES, (True, False))}
         self.num_tokens = 0
 
     def add(self, span: Span) -> None:
         self.num_tokens += span.length
-        kind = ""
-        if self._room.home_of(span.sequence) is Tier.HOST:
-            kind = "hosted" if span.length == 1 else "hosted prompts"
-        self._packers[kind].add(span)
+        home = self._room.home_of(span.sequence)
+        self._packers[home, span.length == 1 or home is Tier.DEVICE].add(span)
 
     def finish(self) -> tuple[tuple[Span, ...], ...]:
         return tuple(spans for packer in self._packers.values() for spans in packer.finish())

@@ -34,6 +34,7 @@ __all__ = [
     "Sink",
     "Target",
     "check_directory",
+    "check_file_limit",
     "choose_target",
     "nameless_file",
     "scratch_file",
@@ -97,11 +98,11 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a socket")
 
 
-def _refuse_memory(path: Path, device: int, root: Path) -> None:
+def _refuse_memory(path: Path, device: int, root: Path, *, purpose: str = "measure") -> None:
     mount = mount_of(Path(os.path.realpath(path)), device=device, root=root)
     if mount and mount.file_system in MEMORY_FILE_SYSTEMS:
         raise TargetError(
-            f"lies in memory ({mount.file_system}), so there is no disk to measure",
+            f"lies in memory ({mount.file_system}), so there is no disk to {purpose}",
             file=path,
             fix="Name a directory on the disk that holds the models.",
         )
@@ -134,7 +135,7 @@ def check_directory(directory: Path, nbytes: int, *, root: Path = _FILESYSTEM_RO
     """
     if not directory.is_dir():
         raise TargetError("is not a directory", file=directory, fix="Name a directory on the disk.")
-    _refuse_memory(directory, directory.stat().st_dev, root)
+    _refuse_memory(directory, directory.stat().st_dev, root, purpose="read from")
     space = os.statvfs(directory)
     free = space.f_bavail * space.f_frsize
     if nbytes > free:
@@ -175,6 +176,12 @@ def scratch_nbytes(directory: Path, *, size: int | None, max_write: int) -> int:
             got=f"{free} bytes free, of which {max(0, room)} may be used",
             fix="Free some space, lower --size, or name a large file, which will only be read.",
         )
+    check_file_limit(directory, nbytes)
+    return nbytes
+
+
+def check_file_limit(directory: Path, nbytes: int) -> None:
+    """Raise NoSpaceError when this process may not write a file of that size."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit not in (resource.RLIM_INFINITY, -1) and nbytes > limit:
         raise NoSpaceError(
@@ -182,9 +189,8 @@ def scratch_nbytes(directory: Path, *, size: int | None, max_write: int) -> int:
             file=directory,
             wanted=f"{nbytes} bytes",
             got=f"{limit} bytes (RLIMIT_FSIZE)",
-            fix="Raise the limit with `ulimit -f unlimited`, or lower --size.",
+            fix="Raise the limit with `ulimit -f unlimited`, or ask for less.",
         )
-    return nbytes
 
 
 @contextlib.contextmanager
@@ -289,6 +295,15 @@ class Sink:
         self._fd = fd
         self._offset = 0
         self._direct = _set_direct(fd)
+
+    def reserve(self, nbytes: int) -> None:
+        """Have the disk set space aside for a file of so many bytes, where the file system can. Raises OSError."""
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                raise
+            os.ftruncate(self._fd, nbytes)
 
     def write(self, data: memoryview) -> None:
         """Append bytes of page-aligned memory; only the last may be no whole number of pages. Raises OSError."""

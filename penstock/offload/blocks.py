@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.errors import BudgetError
+from penstock.io.reader import ALIGNMENT
 
 __all__ = ["BLOCK_TOKENS", "BlockAllocator", "KVCost"]
 
@@ -26,13 +27,15 @@ class KVCost:
     """What one sequence costs: bytes for each token it may reach, in whole blocks, and bytes whatever its length.
 
     Of `token_nbytes`, each (window, bytes) of `windows` is what layers keep that see only so many tokens: their blocks
-    are filled again from the first on. All layers of one window share blocks, and so do those without.
+    are filled again from the first on. All layers of one window share blocks, and so do those without. `layers` are the
+    parts of `token_nbytes` by layer, where they are known.
     """
 
     token_nbytes: int
     sequence_nbytes: int = 0
     block_tokens: int = 1
     windows: tuple[tuple[int, int], ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def block_nbytes(self) -> int:
@@ -43,6 +46,26 @@ class KVCost:
     def window(self) -> int | None:
         """The window of all layers that keep anything, where they have the same one."""
         return next((window for window, nbytes in self.windows if nbytes == self.token_nbytes), None)
+
+    @property
+    def in_host(self) -> KVCost:
+        """What a sequence costs beside the device, where every layer keeps all tokens."""
+        return KVCost(self.token_nbytes, 0, self.block_tokens)
+
+    @property
+    def on_disk(self) -> KVCost:
+        """The same on a disk, where a layer's part of a block is whole pages; tokens share what that leaves over."""
+        padded = sum(map(self.stride_of, self.layers or (self.token_nbytes,)))
+        return KVCost(padded // self.block_tokens, 0, self.block_tokens)
+
+    @property
+    def stride_nbytes(self) -> int:
+        """Bytes of a block on a disk in the layer that keeps most."""
+        return max(map(self.stride_of, self.layers or (self.token_nbytes,)))
+
+    def stride_of(self, token_nbytes: int) -> int:
+        """Bytes of a block on a disk in a layer that keeps `token_nbytes` of a token."""
+        return -(-token_nbytes * self.block_tokens // ALIGNMENT) * ALIGNMENT
 
     def parts(self) -> dict[int | None, KVCost]:
         """Return what the layers of each window keep, those without one first, as costs without anything besides."""

@@ -100,13 +100,15 @@ def pass_cost(
     num_calls: int = 0,
     host_kv_nbytes: float = 0,
     copied_kv_nbytes: float = 0,
+    disk_kv_nbytes: float = 0,
 ) -> PassCost:
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
     Computing takes as long as its arithmetic or its reading, whichever is longer. `num_calls` are the layers of all
     micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, at what the link
     leaves of its rate; where the processor is the device, it computes nothing meanwhile. `copied_kv_nbytes` of them go
-    over the link. Raises ProfileError when a rate that the pass depends on has not been measured.
+    over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises ProfileError when a rate that the
+    pass depends on has not been measured.
     """
     computing = max(
         _seconds("arithmetic", flops, machine.flops),
@@ -116,7 +118,7 @@ def pass_cost(
     busy = {
         COMPUTING: computing,
         HOST_TO_DEVICE: _seconds("host to device", streamed + copied_kv_nbytes, machine.host_to_device),
-        NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes, machine.nvme_to_host),
+        NVME_TO_HOST: _seconds("the disk", plan.nvme_nbytes + disk_kv_nbytes, machine.nvme_to_host),
     }
     issuing = num_calls * machine.call_seconds
     if machine.on_cpu:

@@ -1,4 +1,4 @@
-"""Keys and values in host RAM, and attention beside them.
+"""Keys and values in host RAM or on NVMe, and attention beside them on the CPU.
 
 What touches this store runs on one thread, in the order in which forwards have asked for it: new rows are there before
 anything reads them, and a sequence's tokens come in order. Rows and queries come from the device through staging
@@ -23,7 +23,7 @@ from penstock.kernels.paged_cpu import AttendPaged
 from penstock.offload.clock import Clock, Stopwatch
 from penstock.offload.copies import CudaClock
 from penstock.offload.groups import KVGroups
-from penstock.offload.kv import KVStore, Places, Tokens
+from penstock.offload.kv import KVStore, Places, Tokens, Visit
 from penstock.offload.kv_rows import encode
 from penstock.offload.trace import ATTENTION, STALLS, Trace
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HostRows:
-    """What one layer keeps in host RAM of a micro-batch's sequences.
+    """What one layer keeps beside the device of a micro-batch's sequences.
 
     `kinds` are shape and dtype of a token's rows. `new` [T, H, ...] are the rows that were just stored, as they are
     stored, still on the device; none where another layer has stored them.
@@ -77,17 +77,17 @@ class HostRows:
         return sum(prod(shape[1:]) * dtype.itemsize for shape, dtype in self.kinds)
 
     def known(self, index: int) -> int:
-        """Tokens of one sequence of which the rows are not in `new`, but in host RAM."""
+        """Tokens of one sequence of which the rows are not in `new`, but in the store."""
         begin, end = self.places.offsets[index : index + 2]
         return self.places.ends[index] - (end - begin if self.new else 0)
 
 
 class HostKV:
-    """What a micro-batch whose sequences' home is host RAM has as its store. Close drains it; idempotent.
+    """What a micro-batch whose sequences' home is host RAM, or NVMe, has as its store. Close drains it; idempotent.
 
-    `store` holds their blocks. `states` is the device's store, which keeps what these sequences have besides: recurrent
-    states are computed with on the device. `attend` runs on `num_threads` threads. Whatever goes wrong on the thread
-    comes out of `wait`, or else of `settle`.
+    `store` holds their blocks there. `states` is the device's store, which keeps what these sequences have besides:
+    recurrent states are computed with on the device. `attend` runs on `num_threads` threads, and in a trace in `lane`.
+    Whatever goes wrong on the thread comes out of `wait`, or else of `settle`.
     """
 
     parks = True
@@ -102,8 +102,10 @@ class HostKV:
         num_threads: int,
         kv_dtype: str = "auto",
         trace: Trace | None = None,
+        lane: str = ATTENTION,
     ) -> None:
         self.store = store
+        self._lane = lane
         self._kv_dtype = kv_dtype
         self.has_kernel = kv_dtype != "int4"  # else `attend` cannot read the rows
         self.state, self.keep_state = states.state, states.keep_state
@@ -125,7 +127,7 @@ class HostKV:
         return self._watch.seconds(_WAITING)
 
     def locate(self, spans: Sequence[Tokens]) -> Places:
-        """Say where the new tokens of a micro-batch go, as `KVStore.locate` does; in host RAM."""
+        """Say where the new tokens of a micro-batch go, as `KVStore.locate` does."""
         return self.store.locate(spans)
 
     def append(self, layer: int, places: Places, *rows: Tensor) -> HostRows:
@@ -161,30 +163,36 @@ class HostKV:
 
         def work() -> Tensor:
             arrived()
-            rows = self.store.read(kept.layer, places)
-            rows = rows if kept.shared is None else rows.sharing_values(kept.shared)
-            begun = time.perf_counter()
-            self._attend(
-                staged[0],
-                *rows.blocks,
-                places.singles.table[:count],
-                places.singles.lengths[:count],
-                scale=rule.scale,
-                window=rule.window,
-                softcap=rule.softcap,
-                sinks=None if rule.sinks is None else staged[1].float(),
-                key_scales=rows.scales[0],
-                value_scales=rows.scales[1],
-                num_threads=self._num_threads,
-                out=out,
-            )
-            ended = time.perf_counter()
-            self.attention_seconds += ended - begun
-            if self._trace is not None:
-                self._trace.add(ATTENTION, f"layer {kept.layer}", begun, ended, sequences=count)
+            sinks = None if rule.sinks is None else staged[1].float()
+            for visit in self.store.visit(kept.layer, places, range(count), window=rule.window):
+                self._attend_visit(staged[0][visit.sequences], kept, visit, rule, sinks, out=out[visit.sequences])
             return out
 
         return self._submit(work)
+
+    def _attend_visit(
+        self, query: Tensor, kept: HostRows, visit: Visit, rule: Rule, sinks: Tensor | None, *, out: Tensor
+    ) -> None:
+        rows = visit.rows if kept.shared is None else visit.rows.sharing_values(kept.shared)
+        begun = time.perf_counter()
+        self._attend(
+            query,
+            *rows.blocks,
+            rows.places.table[visit.inside],
+            rows.places.lengths[visit.inside],
+            scale=rule.scale,
+            window=rule.window,
+            softcap=rule.softcap,
+            sinks=sinks,
+            key_scales=rows.scales[0],
+            value_scales=rows.scales[1],
+            num_threads=self._num_threads,
+            out=out,
+        )
+        ended = time.perf_counter()
+        self.attention_seconds += ended - begun
+        if self._trace is not None:
+            self._trace.add(self._lane, f"layer {kept.layer}", begun, ended, sequences=len(query))
 
     def fetch(self, kept: HostRows, index: int, heads: slice) -> Future[tuple[Tensor, ...]]:
         """Return the `known` tokens of one sequence, [L, heads, ...] each, contiguous and where the device can read.
@@ -197,7 +205,8 @@ class HostKV:
         staged = tuple(self._staging(shape, dtype) for shape, (_, dtype) in zip(shapes, kept.kinds, strict=False))
 
         def work() -> tuple[Tensor, ...]:
-            stored = self.store.read(kept.layer, kept.places).of(index, heads)
+            (visit,) = self.store.visit(kept.layer, kept.places, range(index, index + 1))
+            stored = visit.rows.of(visit.inside.start, heads)
             rows = tuple(row[:length] for row in stored)
             for copy, row in zip(staged, rows, strict=False):
                 copy.copy_(row)

@@ -23,9 +23,9 @@ from torch import Tensor
 from penstock.errors import ClosedError
 from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
 from penstock.offload.kv_dtype import check_kv_dtype
-from penstock.offload.kv_rows import CodedRows, KeptRows, encode, open_rows
+from penstock.offload.kv_rows import CodedRows, KeptRows, encode
 
-__all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens"]
+__all__ = ["KVCost", "KVStatistics", "KVStore", "Places", "Rows", "Singles", "Tokens", "Visit"]
 
 TYPICAL_TOKENS = 1024
 """The length of sequences that memory is divided for until a run says how long its own are."""
@@ -147,6 +147,15 @@ class Rows:
         size = num_heads if needed <= limit_nbytes else max(limit_nbytes * num_heads // needed, 1)
         for first in range(0, num_heads, size):
             yield slice(first, min(first + size, num_heads))
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Neighbours of a micro-batch whose rows are in memory now: `sequences`, and the same `inside` the rows' places."""
+
+    sequences: slice
+    rows: Rows
+    inside: slice
 
 
 @dataclass(slots=True)
@@ -355,9 +364,17 @@ class KVStore:
         """Return what `append` last returned for this layer: layers that share another layer's keys use it."""
         return Rows(self._layers[layer], places)
 
+    def visit(self, layer: int, places: Places, sequences: range, *, window: int | None = None) -> Iterator[Visit]:  # noqa: ARG002
+        """Yield some neighbours of a micro-batch, in groups, with what `append` stored for this layer.
+
+        Rows are valid until the next group. Of each sequence, attention sees the last `window` tokens, or all.
+        """
+        every = slice(sequences.start, sequences.stop)
+        yield Visit(every, self.read(layer, places), every)
+
     def _open(self, known: tuple[KeptRows, ...] | None, rows: Sequence[CodedRows]) -> tuple[KeptRows, ...]:
         """Give a layer its part of the pool, when it first stores something; without a limit, a larger one."""
-        made = tuple(open_rows(row, self._carve) for row in rows)
+        made = tuple(KeptRows.made_of(row, self._carve) for row in rows)
         for new, old in zip(made, known or (), strict=False):
             new.take(old)
         return made

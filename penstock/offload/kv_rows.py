@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from penstock.kernels.quant_kv import QUANTISE, dequantise
 
-__all__ = ["CodedRows", "KeptRows", "encode", "open_rows"]
+__all__ = ["CodedRows", "KeptRows", "encode"]
 
 _WORK_NBYTES = 5
 """What an element takes while it is dequantised, beside what comes out: a float32, and its code by itself."""
@@ -67,6 +67,12 @@ class CodedRows:
 class KeptRows(CodedRows):
     """The same as one layer keeps them, in blocks: [num_blocks, block_tokens, H, ...]. Keys, values, or latents."""
 
+    @classmethod
+    def made_of(cls, rows: CodedRows, carve: Callable[[Tensor], Tensor]) -> KeptRows:
+        """Return what keeps rows like these, in blocks that `carve` makes for tensors like the one it gets."""
+        made = rows.map(carve)
+        return cls(made.codes, made.scales, made.size, made.dtype)
+
     @property
     def token_nbytes(self) -> int:
         """Bytes that one token takes."""
@@ -86,6 +92,16 @@ class KeptRows(CodedRows):
         """Store rows at these tokens [T] of all blocks."""
         for part, rows in zip(self.parts, new.parts, strict=True):
             _movable(part).flatten(0, 1).index_copy_(0, slots, _movable(rows))
+
+    def put(self, blocks: Tensor, tokens: Tensor, new: CodedRows) -> None:
+        """Store rows at these tokens [T] of these blocks [T], whatever lies between blocks."""
+        for part, rows in zip(self.parts, new.parts, strict=True):
+            _movable(part)[blocks, tokens] = _movable(rows)
+
+    def leading(self, count: int) -> KeptRows:
+        """Return the first blocks; scales as a copy, because kernels want them without gaps."""
+        scales = None if self.scales is None else self.scales[:count].contiguous()
+        return replace(self, codes=self.codes[:count], scales=scales)
 
     def read_run(self, first: int, length: int, heads: slice) -> Tensor:
         """Return tokens that lie one behind the other, [length, H, size]: a view where that is possible."""
@@ -108,12 +124,6 @@ def encode(row: Tensor, kv_dtype: str) -> CodedRows:
     if quantise is not None:
         return CodedRows(*quantise(row), size, row.dtype)
     return CodedRows(row.to(torch.bfloat16) if kv_dtype == "bf16" else row, None, size, row.dtype)
-
-
-def open_rows(rows: CodedRows, carve: Callable[[Tensor], Tensor]) -> KeptRows:
-    """Make room for rows like these; `carve` makes blocks for tensors like the one it gets."""
-    scales = None if rows.scales is None else carve(rows.scales)
-    return KeptRows(carve(rows.codes), scales, rows.size, rows.dtype)
 
 
 def _movable(part: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ SCORES = (1 << 10, 1 << 24)
 ENOUGH_TOKENS = 512
 """A micro-batch of so many tokens computes about as well as a larger one."""
 
+LANDING_PART = 8
+"""At most this part of the host budget is room to read keys and values from NVMe: more would cost layers theirs."""
+
 MINIMUM_TOKENS = 16
 """A budget must hold at least this many tokens: of context for one sequence, and in a micro-batch."""
 
@@ -59,8 +62,8 @@ class ModelShape:
     `kept_nbytes` what a layer that stays on the device needs once it has been loaded; all of it where that is empty.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
-    `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens. Layers that are `packed_on_load` are
-    in no file, and cannot be left on NVMe.
+    `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens, and `kv_layers` are the parts of all
+    layers that keep any. Layers that are `packed_on_load` are in no file, and cannot be left on NVMe.
     """
 
     resident_nbytes: int
@@ -75,6 +78,7 @@ class ModelShape:
     kv_dtype: str = "auto"
     kept_nbytes: tuple[int, ...] = ()
     packed_on_load: bool = False
+    kv_layers: tuple[int, ...] = ()
 
     @property
     def kv_cost(self) -> KVCost:
@@ -82,7 +86,8 @@ class ModelShape:
         windows: dict[int, int] = {}
         for layer in self.kv_windows:
             windows[layer.window] = windows.get(layer.window, 0) + layer.token_nbytes
-        return KVCost(self.kv_token_nbytes, self.kv_sequence_nbytes, BLOCK_TOKENS, tuple(sorted(windows.items())))
+        sizes = tuple(sorted(windows.items()))
+        return KVCost(self.kv_token_nbytes, self.kv_sequence_nbytes, BLOCK_TOKENS, sizes, self.kv_layers)
 
     @property
     def staying_nbytes(self) -> tuple[int, ...]:
@@ -126,7 +131,8 @@ class Plan:
     """Where every layer lives and how the device's bytes are shared out.
 
     `tiers` names each layer's tier. `device_nbytes` = resident unit + slots + device layers + workspace + `kv_nbytes`.
-    Host RAM holds `host_nbytes` of layers and `kv_host_nbytes` of keys and values.
+    Host RAM holds `host_nbytes` of layers and `kv_host_nbytes` of keys and values. A disk holds `kv_nvme_nbytes` of
+    them, and `kv_landing_nbytes` of host RAM is what those of a layer are read into.
     """
 
     tiers: tuple[Tier, ...]
@@ -143,6 +149,13 @@ class Plan:
     nvme_nbytes: int
     kv_host_nbytes: int = 0
     kv_dtype: str = "auto"
+    kv_nvme_nbytes: int = 0
+    kv_landing_nbytes: int = 0
+
+    @property
+    def keeps_beside(self) -> bool:
+        """Whether keys and values have a home beside the device."""
+        return self.kv_host_nbytes > 0 or self.kv_nvme_nbytes > 0
 
     @property
     def device_nbytes(self) -> int:
@@ -161,6 +174,7 @@ class Plan:
             f"plan: of {len(self.tiers)} layers {counts[Tier.DEVICE]} on the device, {counts[Tier.HOST]} in host RAM, "
             f"{counts[Tier.NVME]} on NVMe; {format_size(self.kv_nbytes)} for keys and values"
             + (f" and {format_size(self.kv_host_nbytes)} in host RAM" if self.kv_host_nbytes else "")
+            + (f" and {format_size(self.kv_nvme_nbytes)} on NVMe" if self.kv_nvme_nbytes else "")
             + f", up to {self.pass_tokens} tokens in a pass"
         )
 
@@ -175,8 +189,10 @@ class Plan:
                 f"{self.num_slots} slots of {format_size(self.slot_nbytes)}, "
                 f"{kept} {format_size(self.kv_nbytes)}, workspace {format_size(self.workspace_nbytes)}",
                 f"host    {counts[Tier.HOST]} layers, {format_size(self.host_nbytes)}"
-                + (f"; {kept} {format_size(self.kv_host_nbytes)}" if self.kv_host_nbytes else ""),
-                f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass",
+                + (f"; {kept} {format_size(self.kv_host_nbytes)}" if self.kv_host_nbytes else "")
+                + (f"; for those on NVMe {format_size(self.kv_landing_nbytes)}" if self.kv_landing_nbytes else ""),
+                f"nvme    {counts[Tier.NVME]} layers, {format_size(self.nvme_nbytes)} read in every pass"
+                + (f"; {kept} {format_size(self.kv_nvme_nbytes)}" if self.kv_nvme_nbytes else ""),
                 f"pass    up to {self.pass_tokens} tokens in micro-batches of {self.micro_batch_tokens}",
             )
         )
@@ -191,7 +207,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
 
     A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
     layers get half of what the slots leave, and keys and values all the rest. In host RAM `tiers.kv_host` comes first,
-    and without it layers do.
+    and what keys and values of `tiers.kv_nvme` are read into; without `kv_host` layers do.
     """
     assert tiers.device is not None
     assert tiers.host is not None
@@ -203,9 +219,16 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
             got=format_size(kv_host),
             fix="Raise the host memory, or lower its part for keys and values.",
         )
-    if kv_host or (
-        tiers.kv_host is None and limits.kv_host_share
-    ):  # while micro-batches wait for attention in host RAM, another one runs
+    kv_nvme, landing = _on_disk(shape, tiers)
+    if kv_host + landing > tiers.host:
+        raise BudgetError(
+            "keys and values, and room to read those on NVMe, take more than the host memory budget",
+            wanted=f"at most {format_size(tiers.host)}",
+            got=f"{format_size(kv_host)} and {format_size(landing)}",
+            fix="Raise the host memory, or lower its part for keys and values.",
+        )
+    beside = kv_host or kv_nvme or (tiers.kv_host is None and limits.kv_host_share)
+    if beside:  # while micro-batches wait for attention beside the device, another one runs
         shape = replace(shape, workspace_nbytes=2 * shape.workspace_nbytes)
     micro, total, scores = _tokens_that_fit(shape, tiers.device, limits)
     workspace = shape.workspace_of(micro, total) + SCORE_NBYTES * scores
@@ -225,11 +248,11 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         on_device = _spread(shape.staying_nbytes, left, everything, most)
     streamed = [index for index in everything if index not in on_device]
     most = len(streamed) if limits.host_layers is None else limits.host_layers
-    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host, streamed, most)
+    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host - landing, streamed, most)
     on_disk = [index for index in streamed if index not in in_host]
     host_nbytes = sum(shape.wire_nbytes[index] for index in in_host)
     if tiers.kv_host is None:
-        kv_host = int((tiers.host - host_nbytes) * limits.kv_host_share)
+        kv_host = int((tiers.host - landing - host_nbytes) * limits.kv_host_share)
     nvme_nbytes = sum(shape.wire_nbytes[index] for index in on_disk)
     if shape.packed_on_load and nvme_nbytes:
         raise BudgetError(
@@ -267,7 +290,31 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         nvme_nbytes=nvme_nbytes,
         kv_host_nbytes=kv_host,
         kv_dtype=shape.kv_dtype,
+        kv_nvme_nbytes=kv_nvme,
+        kv_landing_nbytes=landing,
     )
+
+
+def _on_disk(shape: ModelShape, tiers: MemoryTiers) -> tuple[int, int]:
+    """Return what keys and values on NVMe take there, in whole blocks, and in host RAM to be read.
+
+    That is room for one layer of all of them, so that the longest sequence has it, or else a part of the host budget.
+    """
+    cost = shape.kv_cost
+    if not tiers.kv_nvme or not cost.block_nbytes:
+        return 0, 0
+    assert tiers.host is not None
+    num_blocks = tiers.kv_nvme // cost.on_disk.block_nbytes
+    at_once = min(num_blocks, tiers.host // LANDING_PART // cost.stride_nbytes)
+    if not at_once:
+        raise BudgetError(
+            "keys and values on NVMe need room for a block of tokens there, and to read it in host RAM",
+            wanted=f"at least {format_size(cost.on_disk.block_nbytes)} on NVMe, "
+            f"{format_size(LANDING_PART * cost.stride_nbytes)} of host memory",
+            got=f"{format_size(tiers.kv_nvme)}, {format_size(tiers.host)}",
+            fix="Raise the one that is too small.",
+        )
+    return num_blocks * cost.on_disk.block_nbytes, at_once * cost.stride_nbytes
 
 
 def _tokens_that_fit(shape: ModelShape, device_nbytes: int, limits: PassLimits) -> tuple[int, int, int]:

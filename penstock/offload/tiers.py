@@ -59,12 +59,14 @@ class MemoryTiers:
     `nvme`: how many bytes of layers may be left on disk and read in every pass; None sets no limit. The checkpoint is
     read where it lies, so this tier takes no space of its own.
     `kv_host`: the part of `host` that keys and values of further sequences may take; None leaves it to the plan.
+    `kv_nvme`: a scratch file for those of still more sequences, on a disk; what they are read into is part of `host`.
     """
 
     device: int | None
     host: int | None
     nvme: int | None
     kv_host: int | None
+    kv_nvme: int
 
     def __init__(
         self,
@@ -73,6 +75,8 @@ class MemoryTiers:
         host: Size | None = None,
         nvme: Size | None = None,
         kv_host: Size | None = None,
+        kv_nvme: Size = 0,
     ) -> None:
         for name, size in (("device", device), ("host", host), ("nvme", nvme), ("kv_host", kv_host)):
             object.__setattr__(self, name, None if size is None else parse_size(size))
+        object.__setattr__(self, "kv_nvme", parse_size(kv_nvme))

@@ -17,7 +17,19 @@ from typing import Any, Protocol
 
 from penstock.io.atomic import write_whole
 
-__all__ = ["ATTENTION", "COMPUTE", "DISK", "FROM_STAGING", "INTO_HOST", "STALLS", "TO_DEVICE", "TO_HOST", "Trace"]
+__all__ = [
+    "ATTENTION",
+    "COMPUTE",
+    "DISK",
+    "FROM_STAGING",
+    "INTO_HOST",
+    "KV_ATTENTION",
+    "KV_DISK",
+    "STALLS",
+    "TO_DEVICE",
+    "TO_HOST",
+    "Trace",
+]
 
 DISK = "disk"
 INTO_HOST = "staged from disk → host RAM"
@@ -26,8 +38,10 @@ TO_DEVICE = "host → device"
 TO_HOST = "device → host"
 COMPUTE = "compute"
 ATTENTION = "attention in host RAM"
+KV_ATTENTION = "attention over keys and values from NVMe"
+KV_DISK = "keys and values ↔ disk"
 STALLS = "stalls"
-_ORDER = (DISK, INTO_HOST, FROM_STAGING, TO_DEVICE, TO_HOST, ATTENTION, COMPUTE, STALLS)
+_ORDER = (DISK, INTO_HOST, FROM_STAGING, TO_DEVICE, TO_HOST, ATTENTION, KV_DISK, KV_ATTENTION, COMPUTE, STALLS)
 """Lanes from top to bottom. Several disk lanes, "disk 1" and so on, show reads that are under way at once."""
 
 

@@ -9,6 +9,7 @@ import pytest
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.errors import BudgetError
 from penstock.offload import trace as lanes
+from penstock.offload.tiers import Tier
 from penstock.offload.trace import Trace
 
 PROMPTS = [[(5 + 7 * n + 31 * k) % 257 for n in range(40 + 9 * k)] for k in range(12)]
@@ -40,7 +41,7 @@ def llm(tiny_llama, device, kernel_directory):
 def attend(llm, monkeypatch):
     """What is put into this list is called before attention in host RAM."""
     before = []
-    home = llm._homes._host
+    home = llm._homes.beside[Tier.HOST]
     kernel = home._attend
 
     def called(*args, **more):
@@ -99,7 +100,7 @@ def test_an_error_of_attention_comes_out_as_itself_and_the_model_stays_usable(ll
 
 
 def test_an_error_of_storing_comes_out_as_itself_and_the_model_stays_usable(llm, expected, monkeypatch):
-    store = llm._homes._host.store
+    store = llm._homes.beside[Tier.HOST].store
     put, calls = store.put, []
 
     def fails(layer, *args):

@@ -21,9 +21,12 @@ from transformers import AutoModelForCausalLM
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model import hosted
+from penstock.io.settings import ReadSettings
+from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
 from penstock.offload.kv import KVStore
+from penstock.offload.tiers import Tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # some of transformers' code
 
@@ -74,19 +77,24 @@ def known(
 
 
 @contextmanager
-def homes_of(known: Known, *, on_device: int, in_host: int, **limits: int) -> Iterator[KVHomes]:
-    """Give a model homes of so many blocks, and other limits."""
+def homes_of(
+    known: Known, *, on_device: int, in_host: int, on_disk: int = 0, landing: int = 0, **limits: int
+) -> Iterator[KVHomes]:
+    """Give a model homes of so many blocks, room to read so many of them, and other limits."""
     llm = known.llm
     cost = replace(llm._kv_cost, block_tokens=SIZE)
     nbytes = on_device * cost.block_nbytes + 12 * cost.sequence_nbytes
     windows = {layer.layer: layer.window for layer in llm._shape.kv_windows}
     store = open_kv(limit_nbytes=nbytes, cost=cost, windows=windows, device=llm._device)
+    sizes = on_disk * cost.on_disk.block_nbytes, landing * cost.stride_nbytes
+    room = DiskRoom(*sizes, directory=llm.path, settings=ReadSettings(backend="threads")) if on_disk else None
     with (
         pytest.MonkeyPatch.context() as patch,
         KVHomes(
             store,
             cost=cost,
             host_nbytes=in_host * cost.block_nbytes,
+            nvme=room,
             device=llm._device,
             kernel_directory=known.kernels,
         ) as homes,
@@ -106,16 +114,18 @@ requests = st.lists(st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(1, N
     requests,
     st.integers(LONGEST, 3 * LONGEST),
     st.integers(1, 4 * LONGEST),
+    st.tuples(st.integers(0, 6 * LONGEST), st.integers(LONGEST, 3 * LONGEST)),
     st.integers(1, 40),
     st.integers(1, 80),
     st.sampled_from([0, 5, 1 << 20]),
     st.sampled_from([16, 1 << 20]),
 )
-def test_random_schedules_over_two_homes_give_the_tokens_of_transformers(
+def test_random_schedules_over_three_homes_give_the_tokens_of_transformers(
     known: Known,
     requests: list[tuple[int, int]],
     on_device: int,
     in_host: int,
+    nvme: tuple[int, int],
     micro: int,
     total: int,
     parked: int,
@@ -124,7 +134,9 @@ def test_random_schedules_over_two_homes_give_the_tokens_of_transformers(
     llm = known.llm
     micro = micro if llm.model.splits_prompts else max(micro, len(PROMPTS[-1]))
     limits = {"micro_batch_tokens": micro, "pass_tokens": max(micro, total), "max_scores": scores}
-    with homes_of(known, on_device=on_device, in_host=in_host, parked_tokens=parked, **limits) as homes:
+    on_disk, landing = nvme
+    limits |= {"on_disk": on_disk, "landing": landing, "parked_tokens": parked}
+    with homes_of(known, on_device=on_device, in_host=in_host, **limits) as homes:
         params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for _, count in requests]
         outputs = llm.generate([PROMPTS[prompt] for prompt, _ in requests], params)
         homes.check_integrity()
@@ -132,6 +144,7 @@ def test_random_schedules_over_two_homes_give_the_tokens_of_transformers(
         assert after.device.num_sequences == after.device.nbytes == 0
         assert after.host is not None
         assert after.host.num_free_blocks == after.host.num_blocks == in_host
+        assert (after.nvme.num_free_blocks if after.nvme else 0) == on_disk
     made = [output.outputs[0].token_ids for output in outputs]
     assert made == [known.tokens[prompt][:count] for prompt, count in requests]
 
@@ -148,6 +161,19 @@ def test_a_full_device_sends_sequences_to_host_ram(known: Known) -> None:
     assert report.num_passes <= NUM_NEW + 3
 
 
+def test_a_full_device_sends_sequences_to_nvme(known: Known) -> None:
+    """Rows are read back in turns, where the room to read them is less than they take."""
+    llm, params = known.llm, SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True)
+    micro = 16 if llm.model.splits_prompts else len(PROMPTS[-1])
+    limits = {"micro_batch_tokens": micro, "pass_tokens": 2 * micro, "landing": LONGEST}
+    with homes_of(known, on_device=LONGEST, in_host=0, on_disk=8 * LONGEST, **limits) as homes:
+        outputs = llm.generate(PROMPTS[::-1], params)
+        report, moved = llm.last_run, homes.statistics().disk
+    assert [output.outputs[0].token_ids for output in outputs] == known.tokens[::-1]
+    assert 1 < report.peak_on_nvme < report.peak_sequences
+    assert moved.read_bytes > moved.written_bytes > 0
+
+
 class Hosted:
     """Stands where a `Stream` has its store: every sequence's keys and values are in host RAM."""
 
@@ -162,7 +188,7 @@ class Hosted:
         self.homes = KVHomes(states, cost=cost, host_nbytes=host, device=device, kernel_directory=kernels)
 
     def __getattr__(self, name: str) -> Any:
-        store: Any = self.homes if name in {"acquire", "release", "check_integrity"} else self.homes._host
+        store: Any = self.homes if name in {"acquire", "release", "check_integrity"} else self.homes.beside[Tier.HOST]
         return getattr(store, name)
 
 
