@@ -29,7 +29,7 @@
     ├── JournalError               a journal is another job's, damaged, or in use (also a ValueError)
     ├── ReadError                  the disk could not deliver bytes (also an OSError)
     ├── WriteError                 the disk could not take bytes (also an OSError)
-    ├── TargetError                what was to be profiled cannot be (also an OSError)
+    ├── TargetError                what was to be profiled or written to cannot be (also an OSError)
     │   └── NoSpaceError           the disk, a quota or a limit has no room for the scratch file
     ├── ProfileError               a stored hardware profile is damaged or of another version (also a ValueError)
     ├── ClosedError                use after close (also a RuntimeError)
@@ -227,7 +227,7 @@ class WriteError(PenstockError, OSError):
 
 
 class TargetError(PenstockError, OSError):
-    """What was to be profiled cannot be."""
+    """What was to be profiled or written to cannot be."""
 
 
 class NoSpaceError(TargetError):

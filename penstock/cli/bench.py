@@ -155,6 +155,7 @@ def _measure(
         expects=workload.lengths(),
         objective=options.objective,
         codec=codec,
+        kv_scratch=options.kv_scratch or (options.scratch if options.shape or options.dummy else None),
     ) as llm:
 
         def show(state: Progress) -> None:

@@ -177,6 +177,8 @@ class LLM:
             fits = getattr(self.plan, name)
             if fits < fixed.get(name, 0):
                 logger.warning("%s of %d tokens do not fit the budget, %d do", what, fixed[name], fits)
+        if budgets.kv_nvme and not self.plan.kv_nvme_nbytes:
+            logger.warning("this model keeps no keys and values, so none are put on NVMe")
         with ExitStack() as cleanup:
             self._open(checkpoint, kernel_directory, trace, cleanup)
             self._start_up.end("memory")

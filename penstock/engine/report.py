@@ -273,9 +273,10 @@ class RunReport:
             return ()
         share = self.num_passes / self.forecast.passes
         traffic, busy = self.traffic, self.forecast.busy_seconds
+        disk = None if self.plan.kv_nvme_nbytes else traffic.disk_busy_seconds  # of two readers, each by itself
         reached: dict[str, float | None] = {
             COMPUTING: traffic.layers_seconds - traffic.stall_seconds,
-            NVME_TO_HOST: traffic.disk_busy_seconds,
+            NVME_TO_HOST: disk,
         }
         whole = Reckoning("all", self.forecast.seconds * share, self.seconds)
         return whole, *(Reckoning(name, busy[name] * share, reached.get(name)) for name in busy if busy[name])

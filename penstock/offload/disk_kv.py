@@ -9,7 +9,7 @@ of new tokens are changed there. So no row stays in RAM, however many sequences 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,6 +54,10 @@ class DiskTraffic:
     read_bytes: int = 0
     written_bytes: int = 0
     seconds: float = 0.0
+
+
+_Piece = tuple[int, int, int]
+"""Bytes that are read or written: where they are in the file and in the landing, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,24 +129,20 @@ class DiskKV(KVStore):
         """Read the pages of blocks that have older tokens too, put new tokens there, and write what has changed."""
         size = self._cost.block_tokens
         counts = np.diff(starts, append=len(slots))
-        reads: list[Read] = []
-        writes: list[Write] = []
+        reads: list[_Piece] = []
+        writes: list[_Piece] = []
         for number, (first, count) in enumerate(zip(slots[starts].tolist(), counts.tolist(), strict=True)):
             block, token = divmod(first, size)
             for begin, end in _pages(there.parts, token, token + count, there.stride, size):
-                offset = there.begin + block * there.stride + begin
-                memory = self._bytes[number * there.stride + begin : number * there.stride + end]
+                piece = (there.begin + block * there.stride + begin, number * there.stride + begin, end - begin)
+                writes.append(piece)
                 if token:
-                    reads.append(Read(self._file, offset, memory))
-                writes.append(Write(self._file, offset, memory))
+                    reads.append(piece)
         self._read(reads)
         landed = torch.from_numpy(np.repeat(np.arange(len(starts)), counts))
         for kept, new in zip(there.kept, rows, strict=True):
             kept.put(landed, torch.from_numpy(slots % size), new)
-        with self._moving("written"):
-            self._reader.wait(self._reader.submit_writes(writes))
-        written = sum(len(write.memory) for write in writes)
-        self.traffic = replace(self.traffic, written_bytes=self.traffic.written_bytes + written)
+        self._write(writes)
 
     def visit(self, layer: int, places: Places, sequences: range, *, window: int | None = None) -> Iterator[Visit]:
         """Yield some neighbours of a micro-batch, as many at a time as the landing has room for, with their rows.
@@ -175,9 +175,8 @@ class DiskKV(KVStore):
         for row, (begin, blocks) in zip(table, group, strict=True):
             row[begin : begin + len(blocks)] = np.arange(landed, landed + len(blocks))
             for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-                offset, nbytes = there.begin + int(run[0]) * there.stride, len(run) * there.stride
-                start = landed * there.stride
-                reads.append(Read(self._file, offset, self._bytes[start : start + nbytes]))
+                offset = there.begin + int(run[0]) * there.stride
+                reads.append((offset, landed * there.stride, len(run) * there.stride))
                 landed += len(run)
         self._read(reads)
         which = slice(first, first + len(group))
@@ -190,7 +189,8 @@ class DiskKV(KVStore):
         )
         return Visit(which, Rows(tuple(kept.leading(landed) for kept in there.kept), inside), slice(0, len(group)))
 
-    def _read(self, reads: Sequence[Read]) -> None:
+    def _read(self, pieces: Iterable[_Piece]) -> None:
+        reads = [Read(self._file, offset, self._bytes[begin:end]) for offset, begin, end in _joined(pieces)]
         if not reads:
             return
         with self._moving("read"):
@@ -198,6 +198,13 @@ class DiskKV(KVStore):
             self._check_size()
         nbytes = sum(len(read.memory) for read in reads)
         self.traffic = replace(self.traffic, read_bytes=self.traffic.read_bytes + nbytes)
+
+    def _write(self, pieces: Iterable[_Piece]) -> None:
+        writes = [Write(self._file, offset, self._bytes[begin:end]) for offset, begin, end in _joined(pieces)]
+        with self._moving("written"):
+            self._reader.wait(self._reader.submit_writes(writes))
+        nbytes = sum(len(write.memory) for write in writes)
+        self.traffic = replace(self.traffic, written_bytes=self.traffic.written_bytes + nbytes)
 
     def _check_size(self) -> None:
         """Raise ReadError when the file has become shorter: what lies behind its end is not read, and no error."""
@@ -246,6 +253,20 @@ class DiskKV(KVStore):
         super().close()
         self._parts.clear()
         del self._landing, self._bytes
+
+
+def _joined(pieces: Iterable[_Piece]) -> Iterator[tuple[int, int, int]]:
+    """Yield where pieces are in the file, and where they begin and end in the landing; neighbours in both as one."""
+    offset = begin = end = 0
+    for there, here, nbytes in pieces:
+        if end > begin and here == end and there - offset == end - begin:
+            end += nbytes
+            continue
+        if end > begin:
+            yield offset, begin, end
+        offset, begin, end = there, here, here + nbytes
+    if end > begin:
+        yield offset, begin, end
 
 
 def _select(row: CodedRows, tokens: slice) -> CodedRows:

@@ -163,7 +163,8 @@ class KVHomes:
     def at_once(self, num_tokens: int) -> int:
         """Return how many sequences of so many tokens have room at the same time."""
         count = self._device.at_once(num_tokens, num_elsewhere=self._elsewhere([num_tokens]))
-        return count + sum(home.store.at_once(num_tokens) for home in self.beside.values())
+        stores = [home.store for home in self.beside.values() if home.store.could_hold(num_tokens)]
+        return count + sum(store.at_once(num_tokens) for store in stores)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int, most: int = 0) -> None:
         """Reserve room for a sequence of `num_tokens` tokens, and later up to `most`; `fits` has said yes to both."""

@@ -56,6 +56,18 @@ def test_keys_and_values_in_host_ram(capsys):
     assert made["plan"]["kv_host_nbytes"] == 0
 
 
+def test_keys_and_values_on_nvme(capsys):
+    arguments = ("--shape", "llama-3-8b", "--hardware", "a6000", "--device-memory", "6GiB", "--prompt-len", "2048")
+    arguments += ("--requests", "40", "--kv-host-memory", "0", "--kv-nvme", "4GiB")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "        keys and values             4.00 GiB  128.00 KiB a token, read in every pass" in out
+    assert "        room to read              128.00 MiB  keys and values on NVMe" in out
+    made = json.loads(run(capsys, *arguments, "--json")[1])
+    assert made["plan"]["kv_nvme_nbytes"] == made["budgets"]["kv_nvme"] == 4 << 30
+    assert made["seconds_per_pass"]["nvme_to_host"] > 0
+
+
 @pytest.mark.parametrize(("kv_dtype", "nbytes"), [("auto", 64 * 2), ("fp8", 64 + 4), ("int4", 2 * (16 + 4))])
 def test_windows_and_what_keys_and_values_rest_as(capsys, kv_dtype, nbytes):
     arguments = ("--shape", "gpt-oss-120b-mxfp4", "--hardware", "rtx4090", "--requests", "4", "--kv-dtype", kv_dtype)

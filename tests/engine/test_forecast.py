@@ -13,8 +13,10 @@ from penstock.engine.forecast import Length, forecast
 from penstock.engine.llm import LLM
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import BudgetError, ProfileError
+from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
-from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, Machine
+from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, Machine
+from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
 from penstock.offload.tiers import MemoryTiers
@@ -82,6 +84,22 @@ def test_hosted_layers_with_windows_keep_all_and_read_what_they_see():
     assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(read / 1e3 / 0.6)
 
 
+def test_keys_and_values_on_nvme_by_hand():
+    """They are read on the disk, padded, beside the weights; and then the processor reads them."""
+    cost = KVCost(10, 0, 4, layers=(6, 4))
+    assert (cost.on_disk.block_nbytes, cost.stride_nbytes) == (2 * 4096, 4096)
+    plan = make_plan_of(kv_nbytes=1, kv_nvme_nbytes=6 * 8192, kv_landing_nbytes=3 * 4096, nvme_nbytes=10**6)
+    machine = replace(MACHINE, host_read=1e3, nvme_to_host=1e6)
+    found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 3, cost=cost)
+    assert found.peak_sequences == 2, "a block of four tokens is two pages there"
+    padded = sum(9 + 10 + 11 for _ in range(3)) * 2048
+    written = 3 * 2 * 8192 + 3 * 3 * 8192
+    assert found.busy_seconds[NVME_TO_HOST] == pytest.approx((found.passes * 10**6 + padded + written) / 1e6)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(3 * 30 * 10 / 1e3 / 0.6)
+    with pytest.raises(BudgetError, match="13 tokens"):
+        forecast(plan, machine, model(), [Length(9, 4)], cost=cost)
+
+
 def test_four_bit_rows_in_host_ram_are_copied_to_the_device():
     plan = make_plan_of(kv_nbytes=1, kv_host_nbytes=COST.of(12), kv_dtype="int4")
     found = forecast(plan, replace(MACHINE, host_to_device=1e3), model(per_token=0), [Length(8, 4)], cost=COST)
@@ -138,16 +156,20 @@ def kernels(tmp_path_factory):
 @settings(max_examples=30, deadline=None)
 @example([Length(1, 8), Length(1, 12), Length(9, 20), Length(17, 20)], 840, 400, 30, ())
 @given(
-    LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([0, 30]),
-    st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
+    LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 40), st.integers(1, 20),
+    st.sampled_from([0, 30]), st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
 )  # fmt: skip
-def test_its_homes_take_what_the_real_ones_take(kernels, lengths, device, host, besides, windows):
-    cost = KVCost(10, besides, 4, windows)
+def test_its_homes_take_what_the_real_ones_take(kernels, lengths, device, host, disk, landing, besides, windows):
+    cost = KVCost(10, besides, 4, windows, layers=(6, 4))
     ends = [one.prompt + one.generated for one in lengths]
-    plan = make_plan_of(kv_nbytes=device, kv_host_nbytes=host)
+    sizes = disk * cost.on_disk.block_nbytes, landing * cost.stride_nbytes
+    plan = make_plan_of(
+        kv_nbytes=device, kv_host_nbytes=host, kv_nvme_nbytes=sizes[0], kv_landing_nbytes=sizes[1] if disk else 0
+    )
+    on_disk = DiskRoom(*sizes, directory=kernels, settings=ReadSettings(backend="threads")) if disk else None
     numbers = {layer: window for layer, (window, _) in enumerate(windows)}
     store = open_kv(limit_nbytes=device, cost=cost, windows=numbers)
-    with KVHomes(store, cost=cost, host_nbytes=host, kernel_directory=kernels) as real:
+    with KVHomes(store, cost=cost, host_nbytes=host, nvme=on_disk, kernel_directory=kernels) as real:
         real.prepare(ends)
         room = module._Homes(plan, cost, ends)
         for number, length in enumerate(ends):
@@ -196,14 +218,16 @@ def test_it_makes_the_passes_that_the_engine_makes(llm, lengths):
     assert found.generated_tokens == run.generated_tokens
 
 
-def test_it_makes_the_passes_that_two_homes_make(tiny_llama, kernels):
+@pytest.mark.parametrize("kv_nvme", [0, "4MiB"])
+def test_it_makes_the_passes_that_the_homes_make(tiny_llama, kernels, kv_nvme):
     lengths = [Length(5 + 7 * number % 30, 3 + number % 5) for number in range(14)]
-    tiers = MemoryTiers(device="520KiB", host="400KiB", kv_host="150KiB")
+    tiers = MemoryTiers(device="520KiB", host="400KiB", kv_host="150KiB", kv_nvme=kv_nvme)
     with LLM(tiny_llama, device="cpu", tiers=tiers, micro_batch_tokens=16, kernel_directory=kernels) as llm:
         params = [SamplingParams(max_tokens=one.generated, temperature=0.0, ignore_eos=True) for one in lengths]
         llm.generate([[7] * one.prompt for one in lengths], params)
         found = llm.foresee(replace(MACHINE, host_read=1e9), lengths)
         run = llm.last_run
         hosted = llm._homes.statistics().attention_seconds
+        assert (run.peak_on_nvme > 0) == bool(kv_nvme)
     assert hosted > 0
     assert (found.passes, found.peak_sequences) == (run.num_passes, run.peak_sequences)

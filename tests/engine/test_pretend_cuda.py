@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from torch import Tensor
 from penstock.engine.batch import CURRENT, MicroBatch, Span
 from penstock.engine.model import attention
 from penstock.engine.parking import PARKED
+from penstock.io.settings import ReadSettings
 from penstock.kernels import paged
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged_reference import attend_paged
 from penstock.offload import homes
 from penstock.offload.blocks import KVCost
+from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
 
@@ -71,16 +74,22 @@ def run_pass(number: int, store: Any, rule: Rule, device: str, shared: int | Non
     return [one.memory if isinstance(one, There) else one for one in made]
 
 
-def run(device: str, kv_dtype: str, name: str, *, hosted: bool, shared: int | None, windows: bool) -> list[Tensor]:
-    """Run all passes."""
+def run(
+    device: str, kv_dtype: str, name: str, *, hosted: bool, shared: int | None, windows: bool, disk: Path | None = None
+) -> list[Tensor]:
+    """Run all passes; with `disk`, what is hosted is on NVMe."""
     token = 2 * (1 if shared else 2) * KEY_HEADS * SIZE * 4
-    cost = KVCost(token, 0, 4, ((6, token // 2),) if windows else ())
+    cost = KVCost(token, 0, 4, ((6, token // 2),) if windows else (), (token // 2,) * 2)
     made = []
     with ExitStack() as stack, torch.inference_mode():
         options: dict[str, Any] = {"device": torch.device(device), "kv_dtype": kv_dtype}
         limit = 0 if hosted else cost.of(40) * 4
         store = open_kv(limit_nbytes=limit, cost=cost, windows={1: 6} if windows else {}, **options)
-        home = stack.enter_context(KVHomes(store, cost=cost, host_nbytes=cost.of(40) * 4 if hosted else 0, **options))
+        if disk:
+            sizes = 4 * cost.on_disk.of(40), cost.on_disk.of(40)
+            options["nvme"] = DiskRoom(*sizes, directory=disk, settings=ReadSettings(backend="threads"))
+        in_host = cost.of(40) * 4 if hosted and not disk else 0
+        home = stack.enter_context(KVHomes(store, cost=cost, host_nbytes=in_host, **options))
         for sequence in "abc":
             home.acquire(sequence, num_tokens=10 if sequence == "a" else 32)
         values = dict(RULES[name])
@@ -137,6 +146,11 @@ def test_windows_on_the_device(compare, kv_dtype: str) -> None:
 def test_rows_in_host_ram(compare, name: str, kv_dtype: str) -> None:
     """Rows and queries are read no sooner than they have arrived."""
     assert compare(kv_dtype, name, hosted=True, shared=None, windows=False) > 0
+
+
+@pytest.mark.parametrize(("name", "kv_dtype"), WAYS)
+def test_rows_on_nvme(compare, tmp_path: Path, name: str, kv_dtype: str) -> None:
+    assert compare(kv_dtype, name, hosted=True, shared=None, windows=False, disk=tmp_path) > 0
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "int4"])

@@ -39,6 +39,12 @@ def test_keys_and_values_in_host_ram():
     assert HOST_ATTENTION not in busy
 
 
+def test_keys_and_values_on_nvme():
+    plan = make_plan_of(nvme_nbytes=10 * 10**9)
+    busy = pass_cost(plan, MACHINE, flops=0, weight_nbytes=0, disk_kv_nbytes=2e9).busy
+    assert busy[NVME_TO_HOST] == 6.0
+
+
 @pytest.mark.parametrize("missing", ["host_to_device", "nvme_to_host", "flops", "device_memory"])
 def test_a_rate_that_is_needed_and_not_known_is_named(missing):
     machine = Machine(**{name: None if name == missing else 1e9 for name in Machine.__dataclass_fields__})

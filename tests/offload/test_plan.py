@@ -59,6 +59,24 @@ def test_every_plan_keeps_its_budgets_and_places_every_layer(shape, device, host
     assert made.host_nbytes == sum(shape.wire_nbytes[index] for index in made.layers_in(Tier.HOST))
 
 
+@given(shapes, st.integers(0, 100_000), st.integers(0, 400_000), st.integers(0, 9000), st.integers(0, 300_000))
+def test_keys_and_values_on_nvme_and_what_reads_them_keep_their_budgets(shape, device, host, kv_host, kv_nvme):
+    shape = replace(shape, kv_layers=(shape.kv_token_nbytes // 3, shape.kv_token_nbytes - shape.kv_token_nbytes // 3))
+    try:
+        made = make_plan(shape, MemoryTiers(device=device, host=host, kv_host=kv_host, kv_nvme=kv_nvme), LIMITS)
+    except BudgetError:
+        return
+    cost = shape.kv_cost
+    assert made.device_nbytes <= device
+    assert made.host_nbytes + made.kv_host_nbytes + made.kv_landing_nbytes <= host
+    assert (made.kv_nvme_nbytes > 0) == (made.kv_landing_nbytes > 0) == bool(kv_nvme and cost.block_nbytes)
+    assert made.kv_landing_nbytes <= host // 8
+    if made.kv_nvme_nbytes:
+        assert 0 <= kv_nvme - made.kv_nvme_nbytes < cost.on_disk.block_nbytes
+        assert made.kv_nvme_nbytes % cost.on_disk.block_nbytes == made.kv_landing_nbytes % cost.stride_nbytes == 0
+        assert made.workspace_nbytes >= 2 * shape.workspace_nbytes * made.micro_batch_tokens
+
+
 def keeping(made: ModelShape, shares: list[int]) -> ModelShape:
     """The same model whose layers keep a part of their buffers, in hundredths."""
     kept = (-(-nbytes * shares[index % len(shares)] // 100) for index, nbytes in enumerate(made.layer_nbytes))
