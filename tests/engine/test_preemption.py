@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_room import made_room
@@ -107,7 +108,7 @@ def check(run):
         assert run.seen[number] == [*run.done[number].prompt_ids, *run.done[number].output_ids[:-1]]
     assert sum(run.starts.values()) == len(run.jobs) + run.scheduler.num_preemptions, "what was preempted comes back"
     statistics = run.room.statistics()
-    for home in filter(None, (statistics.device, statistics.host)):
+    for home in filter(None, (statistics.device, statistics.host, statistics.nvme)):
         assert home.num_sequences == home.nbytes == 0
         assert home.num_free_blocks == home.num_blocks
 
@@ -156,6 +157,18 @@ def test_every_request_finishes_where_there_are_two_homes(
     cost = KVCost(1, besides)
     with made_room(on_device + 3 * besides, cost=cost, host_nbytes=in_host_ram, kernels=kernel_directory) as room:
         check(Run(every, room, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True).finish())
+
+
+@pytest.fixture(scope="module")
+def three_homes(kernel_directory):
+    with made_room(50, host_nbytes=30, disk_blocks=70, kernels=kernel_directory) as room:
+        yield room
+
+
+@settings(max_examples=60)
+@given(st.lists(jobs(), min_size=1, max_size=16), st.integers(1, 20), st.integers(1, 50))
+def test_every_request_finishes_where_there_are_three_homes(three_homes, every, micro, total):
+    check(Run(every, three_homes, micro_batch_tokens=micro, pass_tokens=total, splits_prompts=True).finish())
 
 
 def test_who_gives_way_has_what_is_short(kernel_directory):
