@@ -221,7 +221,7 @@ class _Search:
         Keys and values stay on the device where all layers do: little would hide what attention in host RAM takes.
         """
         yield from _neighbours(best, free, self.usual_slots)
-        left = (self._tiers.host or 0) - best.plan.host_nbytes
+        left = (self._tiers.host or 0) - best.plan.host_nbytes - best.plan.kv_landing_nbytes
         if "kv_host_share" in free and best.plan.num_slots:
             for share in _HOST_SHARES:
                 if not share or left * share >= self._hosted_nbytes:
