@@ -184,6 +184,7 @@ class BenchReport:
             "codec",
             "device",
             "dtype",
+            "kv_on_nvme",
             "layers",
             "load",
             "memory",
