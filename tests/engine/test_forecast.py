@@ -154,7 +154,7 @@ def kernels(tmp_path_factory):
 
 
 @settings(max_examples=30, deadline=None)
-@example([Length(1, 8), Length(1, 12), Length(9, 20), Length(17, 20)], 840, 400, 30, ())
+@example([Length(1, 8), Length(1, 12), Length(9, 20), Length(17, 20)], 840, 400, 0, 1, 30, ())
 @given(
     LENGTHS, st.integers(0, 2000), st.integers(0, 2000), st.sampled_from([0, 0, 0, 9, 30]), st.integers(1, 20),
     st.sampled_from([0, 30]), st.sampled_from([(), ((5, 6),), ((5, 3), (9, 7))]),
