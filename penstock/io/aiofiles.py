@@ -36,6 +36,7 @@ class AiofilesReader(DiskReader):
         self._lanes = lanes
         self._executor = ThreadPoolExecutor(lanes, thread_name_prefix="penstock-aiofiles")
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(self._executor)  # on which aiofiles closes files: its threads end with ours
         self._thread = threading.Thread(target=self._loop.run_forever, name="penstock-aiofiles-loop", daemon=True)
         self._thread.start()
         self._batches: dict[Ticket, tuple[list[Future[None]], set[OpenFile]]] = {}

@@ -252,7 +252,7 @@ def test_descriptors_are_closed_and_threads_end(make_file, memory):
             reader.submit([Read(file, 0, memory.view[:8192]) for file in files])
         # Fewer is well: threads of earlier tests may end meanwhile.
         assert open_descriptors() <= before[0]
-        assert threading.active_count() <= before[1]
+        assert threading.active_count() <= before[1], threading.enumerate()
 
 
 def test_close_is_idempotent_and_use_after_it_raises(make_reader, make_file, memory):
