@@ -21,9 +21,10 @@ from penstock.offload.tiers import MemoryTiers, Size, format_size
 __all__ = ["Nearest", "Question", "WhatIf", "budgets_of", "nearest_that_fits", "what_ifs"]
 
 MAX_SAMPLE = 256
-_ROUNDS = 1
 """Requests that are forecast to compare hardware; the sample is spread over all of them."""
 
+_ROUNDS = 1
+"""How long the search goes on from the plan that was chosen."""
 
 _STEP_NBYTES = 64 << 20
 """To which what would fit is rounded up."""

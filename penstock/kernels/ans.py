@@ -19,10 +19,11 @@ from torch import Tensor
 from penstock.errors import DeviceError, LibraryError
 from penstock.kernels.gpu import triton_kernels
 from penstock.kernels.nvcomp import ALIGNMENT, NvcompANS, open_nvcomp
+from penstock.kernels.sizes import ANS_CHUNK
 
 __all__ = ["CHUNK", "Encoded", "check_usable", "decode", "encode", "find_device", "join_reference"]
 
-CHUNK = 1 << 16
+CHUNK = ANS_CHUNK
 
 _AT_ONCE = 1024
 """Chunks that are decompressed by one call: eight warps for each fill the largest GPUs, and what lies between the

@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from penstock.kernels.gpu import triton_kernels
+from penstock.kernels.sizes import EXACT_BLOCK
 
 __all__ = [
     "BLOCK", "Encoded", "choose_table", "count_exponents", "decode", "decode_reference", "encode", "encode_reference",
     "table_of",
 ]  # fmt: skip
 
-BLOCK = 1024
+BLOCK = EXACT_BLOCK
 ESCAPE = 15
 
 _PIECE = 128 * BLOCK

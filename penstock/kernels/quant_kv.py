@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from penstock.kernels.sizes import int4_group_size
+
 __all__ = ["QUANTISE", "dequantise"]
 
 FP8 = torch.float8_e4m3fn
-GROUP_SIZE = 32
 _LARGEST_FP8 = 448.0
 _LARGEST_INT8 = 127.0
 _LARGEST_INT4 = 15.0
@@ -55,16 +56,10 @@ def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     return steps.clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8), scales
 
 
-def _group_size(size: int) -> int:
-    """Return how many neighbours of a row of `size` share a step: an even number, so that two groups fill bytes."""
-    even = -(-size // -(-size // GROUP_SIZE))
-    return even + even % 2
-
-
 def _quantise_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Steps and offsets are bfloat16; codes are chosen for the rounded ones. What is not finite makes its group NaN."""
     size = rows.shape[-1]
-    group = _group_size(size)
+    group = int4_group_size(size)
     wide = pad(rows.float(), (0, -size % group)).unflatten(-1, (-1, group))
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     offset = low.bfloat16()

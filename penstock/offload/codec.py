@@ -12,6 +12,7 @@ from typing import Literal
 
 from penstock.errors import ConfigError
 from penstock.io.files import DTYPE_BITS
+from penstock.kernels.sizes import ANS_CHUNK, EXACT_BLOCK
 
 __all__ = ["ANS_CHUNK", "ANY_LENGTH", "GROUP_SIZES", "LOSSLESS", "CodecName", "Coding", "PackOptions", "Part"]
 
@@ -24,12 +25,6 @@ ANY_LENGTH = -1
 """A part's size that depends on the values."""
 
 GROUP_SIZES = (32, 64, 128)
-
-_BLOCK = 1024
-"""Values of the `exact` codec that share an entry of `start`; part of the format."""
-
-ANS_CHUNK = 1 << 16
-"""Values of the `exact-ans` codec whose exponents are compressed together; part of the format."""
 
 _PERCENT = {"exact": 1, "exact-ans": 35}
 """About how many bytes the part of any length takes for 100 values."""
@@ -104,7 +99,7 @@ class Coding:
                 Part("exact_low", "U8", (self.size,)),
                 Part("exact_code", "U8", (-(-self.size // 2),)),
                 Part("exact_table", "U8", (16,)),
-                Part("exact_start", "I32", (-(-self.size // _BLOCK),)),
+                Part("exact_start", "I32", (-(-self.size // EXACT_BLOCK),)),
                 Part("exact_extra", "U8", (ANY_LENGTH,)),
             )
         if self.codec == "exact-ans":

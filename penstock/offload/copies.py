@@ -31,8 +31,8 @@ class Copies:
 
     asynchronous = False
 
-    def __init__(self, trace: Trace | None = None) -> None:
-        self.clock = Clock()
+    def __init__(self, trace: Trace | None = None, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
         self.watch = Stopwatch(self.clock)
         self._trace = trace
 
@@ -124,9 +124,7 @@ class CudaCopies(Copies):
     asynchronous = True
 
     def __init__(self, device: torch.device, trace: Trace | None = None, piece_nbytes: int | None = None) -> None:
-        super().__init__(trace)
-        self.clock = CudaClock(device)
-        self.watch = Stopwatch(self.clock)
+        super().__init__(trace, CudaClock(device))
         self._piece = piece_nbytes
         self._device = device
         self._stream = torch.cuda.Stream(device)

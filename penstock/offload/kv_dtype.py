@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from penstock.errors import ConfigError
+from penstock.kernels.sizes import int4_group_size
 
 __all__ = ["KV_DTYPES", "check_kv_dtype", "row_nbytes"]
 
 KV_DTYPES = ("auto", "bf16", "fp8", "int8", "int4")
 """`auto` keeps rows as they come, in the model's dtype; nothing is quantised unless it is asked for."""
-
-_GROUP_SIZE = 32
 
 
 def check_kv_dtype(name: str) -> str:
@@ -30,10 +29,7 @@ def row_nbytes(size: int, kv_dtype: str, *, itemsize: int) -> int:
         case "bf16":
             return size * 2
         case "int4":
-            groups = -(-size // _GROUP_SIZE)
-            even = -(-size // groups)
-            even += even % 2
-            groups = -(-size // even)
-            return groups * (even // 2 + 2 * 2)
+            group = int4_group_size(size)
+            return -(-size // group) * (group // 2 + 2 * 2)
         case _:
             return size + 4

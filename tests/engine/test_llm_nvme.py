@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from test_llm_homes import GREEDY, PROMPTS, tokens
 
-from penstock import LLM, MemoryTiers, SamplingParams
+from penstock import LLM, MemoryTiers
 from penstock.errors import BudgetError, NoSpaceError, ReadError, TargetError, WriteError
 from penstock.io import reserve
 from penstock.io.disk import DiskReader
@@ -21,8 +22,6 @@ from penstock.offload import trace as lanes
 from penstock.offload.tiers import Tier
 from penstock.offload.trace import Trace
 
-PROMPTS = [[(5 + 7 * n + 31 * k) % 257 for n in range(40 + 9 * k)] for k in range(12)]
-GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 TIERS = {"device": "1200KiB", "host": "2MiB", "kv_host": "128KiB", "kv_nvme": "8MiB"}
 
 
@@ -31,10 +30,6 @@ def open_llm(path, device, kernel_directory, **options):
     tiers = MemoryTiers(**(TIERS | options.pop("tiers", {})))
     with LLM(path, device=device, compile=False, kernel_directory=kernel_directory, tiers=tiers, **options) as llm:
         yield llm
-
-
-def tokens(outputs):
-    return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.fixture(scope="module")

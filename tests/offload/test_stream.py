@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stream_plans import stream_plan
 
 from penstock.engine.model.build import load_model
 from penstock.errors import ClosedError, FileChangedError, PenstockError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.settings import ReadSettings
-from penstock.offload.plan import Plan
 from penstock.offload.source import read_unit
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import Tier
@@ -19,27 +19,9 @@ def _parameters(layout, buffer):
     return [buffer[view.offset : view.offset + view.nbytes].cpu().clone() for view in layout.parameters]
 
 
-def plan(tiers, num_slots, model):
-    layouts = model.layer_layouts
-    return Plan(
-        tiers=tuple(tiers),
-        num_slots=num_slots,
-        slot_nbytes=max(layout.nbytes for layout in layouts) if num_slots else 0,
-        micro_batch_tokens=1,
-        pass_tokens=1,
-        max_scores=1,
-        resident_nbytes=model.resident.nbytes,
-        workspace_nbytes=0,
-        kv_nbytes=0,
-        device_layer_nbytes=0,
-        host_nbytes=sum(layouts[i].wire_nbytes for i, tier in enumerate(tiers) if tier == Tier.HOST),
-        nvme_nbytes=0,
-    )
-
-
 def open_stream(tiny_llama, model, tiers, num_slots, device, io_backend="auto"):
     return WeightStream(
-        plan(tiers, num_slots, model),
+        stream_plan(model, tiers, num_slots),
         checkpoint=Checkpoint.open(tiny_llama),
         resident=model.resident,
         layers=model.layer_layouts,
@@ -178,7 +160,7 @@ def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected,
     donors = [0, 1, 0, 1, 0, 5]
     aliased = [replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, donors, strict=True)]
     with WeightStream(
-        plan([H] * 6, 2, model),
+        stream_plan(model, [H] * 6, 2),
         checkpoint=Checkpoint.open(tiny_llama),
         resident=model.resident,
         layers=aliased,

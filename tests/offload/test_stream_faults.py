@@ -6,7 +6,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from test_stream import N, _parameters, plan
+from stream_plans import stream_plan
+from test_stream import N, _parameters
 
 from penstock.errors import ClosedError, ReadError
 from penstock.io.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ class GatedReader(FakeReader):
 
 def open_stream(tiny_llama, model, reader, tiers=(N,) * 6, num_slots=2):
     return WeightStream(
-        plan(tiers, num_slots, model),
+        stream_plan(model, tiers, num_slots),
         checkpoint=Checkpoint.open(tiny_llama),
         resident=model.resident,
         layers=model.layer_layouts,

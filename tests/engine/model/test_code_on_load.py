@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES
 from pretend_cuda import There, pretend_cuda
 from safetensors.torch import load_file, save_file
+from stream_plans import stream_plan
 from tiny_models import make_config, save_checkpoint
 
 from penstock.engine.code_on_load import CodeOnLoad
@@ -48,23 +49,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)
 
 def plan_of(model: StreamedModel, tiers: Sequence[Tier]) -> Plan:
     """A plan with two slots, or none."""
-    layouts = model.layer_layouts
-    num_slots = 0 if set(tiers) == {Tier.DEVICE} else 2
-    in_host = [layouts[index] for index, tier in enumerate(tiers) if tier == Tier.HOST]
-    return Plan(
-        tiers=tuple(tiers),
-        num_slots=num_slots,
-        slot_nbytes=max(layout.nbytes for layout in layouts) if num_slots else 0,
-        micro_batch_tokens=1,
-        pass_tokens=1,
-        max_scores=1,
-        resident_nbytes=model.resident.nbytes,
-        workspace_nbytes=0,
-        kv_nbytes=0,
-        device_layer_nbytes=0,
-        host_nbytes=sum(layout.wire_nbytes for layout in in_host),
-        nvme_nbytes=0,
-    )
+    return stream_plan(model, tiers, 0 if set(tiers) == {Tier.DEVICE} else 2)
 
 
 def parameters(layout: Layout, buffer: torch.Tensor) -> dict[str, bytes]:
