@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import resource
 import time
@@ -159,9 +160,7 @@ class LLM:
         if tiers == "auto":
             hardware, expects = hardware or kept_profile(), expects or USUAL_WORK
         machine = self._machine(hardware, measures=bool(expects))
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self._forget_rehearsals()
         self.plan, self._forecast, self._why = plan_run(
             self._shape,
             known,
@@ -230,6 +229,14 @@ class LLM:
         if measures:
             self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
         return replace(machine, call_seconds=machine.call_seconds or self._call_seconds)
+
+    def _forget_rehearsals(self) -> None:
+        """Give back what they have taken, before what the plan says is taken."""
+        self._model.unbind()
+        gc.collect()  # compilers leave cycles behind, which hold keys and values
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def foresee(self, machine: Machine, lengths: Iterable[Length]) -> Forecast | None:
         """Return what a run over requests of these lengths will take under the plan; None for a model without a count.

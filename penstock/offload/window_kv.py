@@ -33,6 +33,11 @@ class _WindowPlaces(Places):
     seen: Places
     stored: Tensor | None
 
+    @property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """None: blocks come again, and not all tokens are stored."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True)
 class _WindowRows(Rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from penstock import LLM, MemoryTiers, SamplingParams
+from penstock.engine import rehearsal
 
 pytestmark = pytest.mark.timeout(300)  # a C++ compiler runs
 
@@ -108,3 +110,27 @@ def test_a_cpu_compiles_only_when_told_to(tiny_llama):
         llm.generate([PROMPTS[1]], GREEDY)
     reasons = llm.last_run.as_dict()["layer_code"]["eager"]
     assert reasons == {"LlamaDecoderLayer": "not worth the time to compile on the CPU"}
+
+
+def test_what_rehearsals_have_taken_is_gone_before_memory_is_taken(tiny_llama, expected, device, monkeypatch):
+    stores, alive = [], []
+    make, take = rehearsal._store, LLM._open
+
+    def noted(*args):
+        store = make(*args)
+        stores.append(weakref.ref(store))
+        return store
+
+    def look(*args):
+        alive.extend(store() is not None for store in stores)
+        take(*args)
+
+    monkeypatch.setattr(rehearsal, "_store", noted)
+    monkeypatch.setattr(LLM, "_open", look)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    with LLM(tiny_llama, tiers=MemoryTiers(device="2MiB", host=0), device=device, compile=True) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY)
+    assert alive
+    assert not any(alive)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    assert llm.last_run.peak_device_nbytes - before <= llm.plan.device_nbytes

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import BudgetError, ClosedError
+from penstock.offload import kv
 from penstock.offload.blocks import KVCost
 from penstock.offload.kv import KVStore
 
@@ -49,9 +50,15 @@ def limited(num_blocks, *, size=4, sequence_nbytes=0, besides=0):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from([None, 12, 40]), st.sampled_from([1, 4, 16]))
-def test_the_store_keeps_what_was_stored(data, num_blocks, size):
+@given(st.data(), st.sampled_from([None, 12, 40]), st.sampled_from([1, 4, 16]), st.sampled_from([1, 3, 32]))
+def test_the_store_keeps_what_was_stored(data, num_blocks, size, run_tokens):
     """Random sequences come, grow in ragged micro-batches of several at once, and leave."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "RUN_TOKENS", run_tokens)
+        _store_and_compare(data, num_blocks, size)
+
+
+def _store_and_compare(data, num_blocks, size):
     store = KVStore(cost=KVCost(0, 0, size)) if num_blocks is None else limited(num_blocks, size=size)
     known, capacities = {}, {}
     for step in range(data.draw(st.integers(1, 12))):
