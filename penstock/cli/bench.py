@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from penstock.cli.output import ProgressLine, check_output
 from penstock.cli.settings import kernel_directory, read_settings, stored_profile
 from penstock.errors import ConfigError
 from penstock.io.interrupts import held_back
-from penstock.offload.codec import PackOptions
 from penstock.offload.tiers import format_size
 from penstock.offload.trace import Trace
 
@@ -23,8 +22,10 @@ if TYPE_CHECKING:
     from penstock.engine.bench import BenchReport, Workload
     from penstock.engine.report import Progress
     from penstock.io.checkpoint import Checkpoint
+    from penstock.io.settings import ReadSettings
+    from penstock.offload.peaks import Peaks
 
-__all__ = ["SHAPES", "add_to"]
+__all__ = ["SHAPES", "add_to", "measure_all"]
 
 SHAPES = Path(__file__).parents[1] / "data" / "shapes"
 """A directory with a config.json for each shape."""
@@ -64,6 +65,9 @@ def add_to(commands: Any) -> None:
     memory.add_argument(
         "--device-layers", type=int, metavar="N", help="layers to keep on the device (default: planned)"
     )
+    memory.add_argument(
+        "--plan-measured", action="store_true", help="plan with the peaks that are measured, not with a stored profile"
+    )
     memory.add_argument("--pass-tokens", type=int, metavar="N", help="tokens that go through all layers in one pass")
     results = parser.add_argument_group("results")
     results.add_argument("--json", action="store_true", help="print nothing but the JSON object")
@@ -77,19 +81,45 @@ def run(options: argparse.Namespace) -> int:
     if not (options.shape or options.dummy) and (options.layers, options.distinct_layers) != (None, None):
         raise ConfigError("only dummy weights have another number of layers, or aliases", fix="Add --dummy.")
     check_output(options.trace)
-    codec = asked_codec(options)
-    with held_back():  # some libraries swallow an exit that comes while they are imported
-        from penstock.engine.bench import Workload  # noqa: PLC0415 - torch; --help must not
-
-    workload = Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
-    progress = ProgressLine()
-    with _checkpoint(options, progress) as checkpoint:
-        report = _measure(options, workload, codec, checkpoint, progress)
-    progress.clear()
-    if not options.json:
-        print(report.explain())
-    print(json.dumps(report.as_dict()))
+    for report in measure_all([options]):
+        if not options.json:
+            print(report.explain())
+        print(json.dumps(report.as_dict()))
     return 0
+
+
+def measure_all(every: Sequence[argparse.Namespace]) -> Iterator[BenchReport]:
+    """Measure runs of the same weights one after another; the weights are opened, and peaks measured, once."""
+    first = every[0]
+    with held_back():  # some libraries swallow an exit that comes while they are imported
+        from penstock.engine import bench  # noqa: PLC0415 - torch; --help must not
+        from penstock.engine.budget import find_device  # noqa: PLC0415
+
+    for one in every:  # what is wrong is said before anything takes its time
+        asked_codec(one), tiers_of(one), _workload(one)
+    progress = ProgressLine()
+    with _checkpoint(first, progress) as checkpoint:
+        peaks = bench.measure_peaks(
+            max(checkpoint.files, key=lambda file: file.nbytes),
+            device=find_device(first.device),
+            settings=_settings(first),
+            on_step=lambda step: progress.show(f"measuring {step}"),
+        )
+        for one in every:
+            report = _measure(one, checkpoint, peaks, progress)
+            progress.clear()
+            yield report
+
+
+def _workload(options: argparse.Namespace) -> Workload:
+    from penstock.engine.bench import Workload  # noqa: PLC0415
+
+    return Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
+
+
+def _settings(options: argparse.Namespace) -> ReadSettings:
+    made_here = options.shape or options.dummy
+    return read_settings(options, options.scratch if made_here else options.model, stored_profile())
 
 
 @contextmanager
@@ -113,48 +143,33 @@ def _checkpoint(options: argparse.Namespace, progress: ProgressLine) -> Iterator
         yield checkpoint
 
 
-def _measure(
-    options: argparse.Namespace,
-    workload: Workload,
-    codec: PackOptions | None,
-    checkpoint: Checkpoint,
-    progress: ProgressLine,
-) -> BenchReport:
+def _measure(options: argparse.Namespace, checkpoint: Checkpoint, peaks: Peaks, progress: ProgressLine) -> BenchReport:
     from penstock.engine import bench  # noqa: PLC0415
-    from penstock.engine.budget import find_device  # noqa: PLC0415
     from penstock.engine.llm import LLM  # noqa: PLC0415
 
-    tiers = tiers_of(options)
-    profile = stored_profile()
-    settings = read_settings(options, options.scratch if options.shape or options.dummy else options.model, profile)
+    workload = _workload(options)
     trace = Trace() if options.trace else None
-    peaks = bench.measure_peaks(
-        max(checkpoint.files, key=lambda file: file.nbytes),
-        device=find_device(options.device),
-        settings=settings,
-        on_step=lambda step: progress.show(f"measuring {step}"),
-    )
     asked = {name: value for name, value in vars(options).items() if name not in ("run", "verbose", "command")}
     asked["peak_memory_since"] = "peaks" if bench.forget_peak_memory() else "process start"
     with LLM(
         checkpoint.directory,
-        tiers=tiers,
+        tiers=tiers_of(options),
         device=options.device,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         micro_batch_tokens=options.micro_batch_tokens,
         pass_tokens=options.pass_tokens,
         device_layers=options.device_layers,
-        io=settings,
+        io=_settings(options),
         compile=options.compile,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         checkpoint=checkpoint,
         trace=trace,
         kernel_directory=kernel_directory(),
-        hardware=profile,
+        hardware=peaks if options.plan_measured else stored_profile(),
         expects=workload.lengths(),
         objective=options.objective,
-        codec=codec,
+        codec=asked_codec(options),
         kv_scratch=options.kv_scratch or (options.scratch if options.shape or options.dummy else None),
     ) as llm:
 

@@ -256,6 +256,7 @@ class _Costs:
             num_calls=len(batches) * len(self.plan.tiers),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
+            stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,
             disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
 

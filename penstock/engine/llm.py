@@ -59,6 +59,7 @@ from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes
 from penstock.offload.kv_dtype import check_kv_dtype
+from penstock.offload.peaks import Peaks
 from penstock.offload.plan import SCORE_NBYTES, ModelShape, PassLimits, make_plan
 from penstock.offload.stream import WeightStream
 from penstock.offload.tiers import MemoryTiers
@@ -117,7 +118,7 @@ class LLM:
         checkpoint: Checkpoint | None = None,
         codec: CodecName | PackOptions | None = None,
         trace: Trace | None = None,
-        hardware: HardwareProfile | Machine | None = None,
+        hardware: HardwareProfile | Peaks | Machine | None = None,
         expects: Items[Length] = (),
         objective: Objective = "throughput",
         kernel_directory: Path | None = None,
@@ -216,16 +217,17 @@ class LLM:
             return shape
         return compiled
 
-    def _machine(self, hardware: HardwareProfile | Machine | None, *, measures: bool) -> Machine | None:
+    def _machine(self, hardware: HardwareProfile | Peaks | Machine | None, *, measures: bool) -> Machine | None:
         """Return the rates of this model's passes; what issuing a layer takes is measured where it is asked for."""
         if hardware is None:
             return None
         dtype = str(self._model.dtype).removeprefix("torch.")
-        machine = (
-            hardware
-            if isinstance(hardware, Machine)
-            else Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
-        )
+        if isinstance(hardware, Peaks):
+            machine = hardware.machine(dtype)
+        elif isinstance(hardware, HardwareProfile):
+            machine = Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
+        else:
+            machine = hardware
         if measures:
             self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
         return replace(machine, call_seconds=machine.call_seconds or self._call_seconds)

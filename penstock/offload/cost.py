@@ -15,7 +15,8 @@ from penstock.offload.hardware import HardwareProfile
 from penstock.offload.plan import Plan
 
 __all__ = [
-    "COMPUTING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "Machine", "PassCost", "pass_cost",
+    "COMPUTING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "STORING", "Machine", "PassCost",
+    "pass_cost",
 ]  # fmt: skip
 
 COMPUTING = "computing"
@@ -27,6 +28,9 @@ HOST_ATTENTION = "host_attention"
 BESIDE_THE_LINK = 0.6
 """The share of its rate that host RAM keeps for a reader while the link takes what it can: 82 of 138 GB/s beside a
 full-rate PCIe 5 stream."""
+
+STORING = 4
+"""How often host memory moves a row that goes into host RAM: it arrives, is read, and is written, which reads too."""
 
 _MEASURE = "Measure with `penstock profile`, without --quick, on the machine and the disk of the model."
 
@@ -100,15 +104,16 @@ def pass_cost(
     num_calls: int = 0,
     host_kv_nbytes: float = 0,
     copied_kv_nbytes: float = 0,
+    stored_kv_nbytes: float = 0,
     disk_kv_nbytes: float = 0,
 ) -> PassCost:
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
     Computing takes as long as its arithmetic or its reading, whichever is longer. `num_calls` are the layers of all
-    micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, at what the link
-    leaves of its rate; where the processor is the device, it computes nothing meanwhile. `copied_kv_nbytes` of them go
-    over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises ProfileError when a rate that the
-    pass depends on has not been measured.
+    micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM and stores
+    `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the processor is the device, it computes
+    nothing meanwhile. `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the
+    weights. Raises ProfileError when a rate that the pass depends on has not been measured.
     """
     computing = max(
         _seconds("arithmetic", flops, machine.flops),
@@ -125,8 +130,9 @@ def pass_cost(
         busy[COMPUTING] += issuing
     elif issuing:
         busy[ISSUING] = issuing
-    if host_kv_nbytes:
-        reading = _seconds("host memory", host_kv_nbytes, machine.host_read)
+    if host_kv_nbytes or stored_kv_nbytes:
+        moved = host_kv_nbytes + STORING * stored_kv_nbytes
+        reading = _seconds("host memory", moved, machine.host_read)
         reading = reading / BESIDE_THE_LINK if streamed else reading
         name = COMPUTING if machine.on_cpu else HOST_ATTENTION
         busy[name] = busy.get(name, 0.0) + reading

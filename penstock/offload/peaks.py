@@ -89,7 +89,8 @@ class Peaks:
     """Bytes per second of the links and FLOP per second of matrix products, by dtype; None or absent when unknown.
 
     `host_to_device` is pinned copies on CUDA; on the CPU, where the device is host memory too, plain copies, each byte
-    counted once. `device_memory` is how fast the device reads and writes its own.
+    counted once. `device_memory` is how fast the device reads and writes its own, `host_read` how fast processors read
+    host RAM.
     """
 
     device: str
@@ -97,6 +98,7 @@ class Peaks:
     device_memory: float | None
     disk: DiskPeak
     matmul: dict[str, float] = field(default_factory=dict)
+    host_read: float | None = None
 
     def machine(self, dtype: str) -> Machine:
         """Return the rates that bound passes of a dtype."""
@@ -105,6 +107,7 @@ class Peaks:
             nvme_to_host=self.disk.bytes_per_second,
             flops=self.matmul.get(dtype),
             device_memory=self.device_memory,
+            host_read=self.host_read,
             on_cpu=self.device == "cpu",
         )
 
@@ -114,6 +117,7 @@ class Peaks:
             "device": self.device,
             "host_to_device": self.host_to_device,
             "device_memory": self.device_memory,
+            "host_read": self.host_read,
             "nvme_to_host": self.disk.bytes_per_second,
             "nvme_to_host_windows": self.disk.rates,
             "matmul": self.matmul,
@@ -139,4 +143,4 @@ def measure_peaks(
     to_device, own = links.host_to_device, links.device_memory
     if not on_cuda:
         to_device, own = links.host_copy, links.host_read
-    return Peaks(links.device, to_device, own, disk, links.matmul)
+    return Peaks(links.device, to_device, own, disk, links.matmul, links.host_read)

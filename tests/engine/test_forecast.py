@@ -15,7 +15,7 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import BudgetError, ProfileError
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
-from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, Machine
+from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, STORING, Machine
 from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
@@ -66,8 +66,8 @@ def test_attention_in_host_ram_by_hand():
     machine = replace(MACHINE, host_read=1e3)
     found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 3, cost=COST)
     assert (found.passes, found.peak_sequences) == (4, 3)
-    # Two that see 9, 10 and 11 tokens, at what a full-rate link leaves of the rate.
-    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(2 * 30 * 10 / 1e3 / 0.6)
+    # Two that see 9, 10 and 11 tokens and store 11, at what a full-rate link leaves of the rate.
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(2 * (30 + 11 * STORING) * 10 / 1e3 / 0.6)
     assert found.bottleneck == HOST_ATTENTION
     with pytest.raises(ProfileError, match="host memory"):
         forecast(plan, MACHINE, model(), [Length(8, 4)] * 3, cost=COST)
@@ -81,7 +81,7 @@ def test_hosted_layers_with_windows_keep_all_and_read_what_they_see():
     found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 2, cost=windowed)
     assert found.peak_sequences == 2, "two have room for all of their tokens"
     read = 2 * sum(map(windowed.seen_nbytes, (9, 10, 11)))
-    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(read / 1e3 / 0.6)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx((read + 2 * 11 * 10 * STORING) / 1e3 / 0.6)
 
 
 def test_keys_and_values_on_nvme_by_hand():
@@ -102,8 +102,10 @@ def test_keys_and_values_on_nvme_by_hand():
 
 def test_four_bit_rows_in_host_ram_are_copied_to_the_device():
     plan = make_plan_of(kv_nbytes=1, kv_host_nbytes=COST.of(12), kv_dtype="int4")
-    found = forecast(plan, replace(MACHINE, host_to_device=1e3), model(per_token=0), [Length(8, 4)], cost=COST)
+    machine = replace(MACHINE, host_to_device=1e3, host_read=1e6)
+    found = forecast(plan, machine, model(per_token=0), [Length(8, 4)], cost=COST)
     assert found.busy_seconds[HOST_TO_DEVICE] == pytest.approx((8 + 9 + 10) * 10 / 1e3)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(STORING * 11 * 10 / 1e6)
 
 
 def test_micro_batches_read_the_weights_again():
