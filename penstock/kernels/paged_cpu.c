@@ -5,29 +5,31 @@
    weights, kept aside. Who ends the last part of these heads joins the parts in their order. So the result depends on
    the sequence alone: not on threads, nor on neighbours, nor on how many heads a task takes.
 
-   Keys are read once for all query heads that share them: each vector of a key is multiplied with up to 4 queries,
-   LANES sums side by side in registers; each vector of values with 8 weights. The tokens of a tile are visited head by
-   head while they are in the cache, and the next tile is on its way meanwhile, so memory is read nearly in order.
+   Keys are read once for all query heads that share them: each vector of a key is multiplied with up to QUERIES
+   queries, LANES sums side by side in registers; each vector of values with 8 weights. A tile is a few tokens, visited
+   head by head, so memory is read nearly in order: the rows of many tokens side by side are slower by a third.
    As in every kernel of this kind, sums come before their division: weighted values beyond 3e38 overflow. */
 
 #include <math.h>
 #include <stdlib.h>
 
 #include "paged_cpu.h"
-#include "vectors.h"
+#include "products.h"
 #include "workers.h"
 
 #define PART 512
 #define TILE 8
-#define STRIDE (PART + LANES) /* of a row of scores: tiles write whole vectors */
+#define STRIDE (PART + LANES) /* of a row of scores: no power of two */
 #define MAX_TASK_HEADS 64     /* query heads; their scores stay in the second level of the cache */
 #define TASKS_PER_THREAD 4
 #define LINE 64
+#define AHEAD (16 << 10) /* bytes between what is asked for and what is used */
 
 struct plan {
     const struct penstock_attention *call;
     int product_dtype;                /* of keys and queries as they are multiplied */
     int64_t groups;                   /* query heads of a key head */
+    int64_t group_rows;               /* rows of queries and of scores for a key head */
     int64_t task_heads, num_slices;   /* key heads of a task, tasks of a part */
     int64_t query_width, value_width; /* sizes, rounded up to whole vectors */
     int64_t partial_width;            /* of one query head and part: values, largest score, sum of weights */
@@ -49,100 +51,59 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+static int64_t task_rows(const struct plan *plan) { return round_up(plan->task_heads * plan->group_rows, QUERIES); }
+
 static int64_t first_token(const struct penstock_attention *call, int64_t sequence) {
     return call->window ? larger(call->lengths[sequence] - call->window, 0) : 0;
 }
 
-/* Ask for what head h's share of the next tile is, when that is cut into one share per head: rows in their order, since
-   the machine runs ahead by itself then. Into the second level: the first holds too little, and has few requests.
+/* Ask for the rows of `count` heads that are used AHEAD bytes after those of head h. A short way: what is asked for far
+   ahead of its use is slower than not to ask. Into the second level: the first holds too little, and has few requests.
    Inline, or the compiler takes it for a function without effect. */
 INLINE void fetch_ahead(const struct part *part, const struct penstock_rows *rows, const char *const *starts,
-                        int64_t end, int64_t h) {
-    int64_t from = end + TILE * h / part->num_heads, to = end + TILE * (h + 1) / part->num_heads;
-    int64_t offset = part->first_head * rows->head_stride;
-    int64_t nbytes = smaller(part->num_heads * rows->head_stride, rows->token_stride);
-    for (int64_t token = from; token < to && token < part->num_tokens; token++)
-        for (int64_t at = 0; at < nbytes; at += LINE)
-            __builtin_prefetch(starts[token] + offset + at, 0, 2);
+                        int64_t begin, int64_t h, int64_t count) {
+    int64_t nbytes = rows->size * size_of(rows->dtype), next = h + larger(AHEAD / (TILE * nbytes), count);
+    int64_t token = begin + next / part->num_heads * TILE, end = smaller(token + TILE, part->num_tokens);
+    int64_t last = smaller(next % part->num_heads + count, part->num_heads);
+    for (; token < end; token++)
+        for (int64_t head = next % part->num_heads; head < last; head++)
+            for (int64_t at = 0; at < nbytes; at += LINE)
+                __builtin_prefetch(starts[token] + (part->first_head + head) * rows->head_stride + at, 0, 2);
 }
 
 /* --- scores --- */
 
-/* Scores of `queries` rows with the tokens of a tile: scores[query][token]. `queries` divides LANES. */
-INLINE void score_tile(const char *const *rows, int64_t begin, int64_t end, int64_t offset, const float *query,
-                       int64_t query_width, int64_t size, int dtype, const int queries, float *scores) {
-    const int tokens = LANES / queries;
-    const int64_t element = size_of(dtype), step = step_of(dtype), whole = size / step;
-    for (int64_t token = begin; token < end; token += tokens) {
-        const char *row[LANES];
-        floats sums[LANES], key[LANES], made;
-        UNROLL for (int j = 0; j < tokens; j++) row[j] = rows[smaller(token + j, end - 1)] + offset;
-        UNROLL for (int i = 0; i < LANES; i++) sums[i] = (floats){0};
-        for (int64_t d = 0; d < whole; d++) {
-            UNROLL for (int j = 0; j < tokens; j++) key[j] = load_vector(row[j] + d * step * element, dtype);
-            UNROLL for (int i = 0; i < LANES; i++) sums[i] = add_product(
-                sums[i], load_floats(query + i / tokens * query_width + d * LANES), key[i % tokens], dtype);
-        }
-        if (whole * step < size) {
-            const float *last = query + whole * LANES;
-            UNROLL for (int j = 0; j < tokens; j++)
-                key[j] = load_part(row[j] + whole * step * element, dtype, size - whole * step);
-            UNROLL for (int i = 0; i < LANES; i++) sums[i] =
-                add_product(sums[i], load_floats(last + i / tokens * query_width), key[i % tokens], dtype);
-        }
-        made = sum_each(sums);
-        UNROLL for (int i = 0; i < queries; i++)
-            memcpy(scores + i * STRIDE + token, (const float *)&made + i * tokens, sizeof(float) * (size_t)tokens);
+/* Scores of QUERIES rows with a strip: the rows of one head, or one of each head, of which `heads` are left. */
+INLINE void score_strip(const struct plan *plan, const struct part *part, int64_t token, int64_t head, int64_t heads,
+                        const float *query, float *scores, int dtype, const int queries) {
+    const struct penstock_rows *rows = &plan->call->keys;
+    const int64_t width = plan->query_width;
+    const char *keys[TOKENS];
+    floats sums[LANES], made;
+    UNROLL for (int i = 0; i < LANES; i++) sums[i] = (floats){0};
+    UNROLL for (int j = 0; j < TOKENS; j++)
+        keys[j] = part->keys[smaller(token + j, part->num_tokens - 1)] + head * rows->head_stride;
+    UNROLL for (int i = 0; i < QUERIES; i += queries) {
+        score_rows(keys, rows->size, query + i * width, width, dtype, queries, sums + i * TOKENS);
+        UNROLL for (int j = 0; j < TOKENS; j++) keys[j] += i + 1 < heads ? rows->head_stride : 0;
     }
+    made = sum_each(sums);
+    UNROLL for (int i = 0; i < QUERIES; i++)
+        memcpy(scores + i * STRIDE + token, (const float *)&made + i * TOKENS, sizeof(float) * TOKENS);
 }
 
-/* Scores of one head's queries with a tile, in groups of 4, 2 and 1. */
-INLINE void score_head(const struct plan *plan, const struct part *part, int64_t begin, int64_t end, int64_t head,
-                       const float *query, float *scores, int dtype) {
-    const struct penstock_rows *keys = &plan->call->keys;
-    int64_t width = plan->query_width, start = head * keys->head_stride, g = 0;
-#define SCORE(queries)                                                                                               \
-    for (; g + queries <= plan->groups; g += queries)                                                                \
-    score_tile(part->keys, begin, end, start, query + g * width, width, keys->size, dtype, queries, scores + g * STRIDE)
-    SCORE(4);
-    SCORE(2);
-    SCORE(1);
+INLINE void score_tile(const struct plan *plan, const struct part *part, int64_t begin, int64_t end, int64_t head,
+                       int64_t heads, const float *query, float *scores, int dtype) {
+    for (int64_t token = begin; token < end; token += TOKENS)
+        if (plan->groups == 1)
+            score_strip(plan, part, token, head, heads, query, scores, dtype, 1);
+        else
+            for (int64_t g = 0; g < plan->groups; g += QUERIES)
+                score_strip(plan, part, token, head, 1, query + g * plan->query_width, scores + g * STRIDE, dtype,
+                            QUERIES);
 }
 
 /* --- values --- */
-
-/* Add weighted values of a tile to `queries` rows of sums, in `vectors` vectors at element `d`. */
-INLINE void add_columns(const char *const *rows, int64_t begin, int64_t end, int64_t offset, int64_t d, int64_t size,
-                        const float *weights, float *sums, int64_t width, int dtype, const int queries,
-                        const int vectors) {
-    const int64_t element = size_of(dtype), left = size - d;
-    floats sum[2 * LANES], value[LANES];
-    UNROLL for (int i = 0; i < queries * vectors; i++)
-        sum[i] = load_floats(sums + i / vectors * width + d + i % vectors * LANES);
-    for (int64_t token = begin; token < end; token++) {
-        const char *row = rows[token] + offset + d * element;
-        if (vectors > 1 || left >= LANES) {
-            UNROLL for (int j = 0; j < vectors; j++) value[j] = load_vector(row + j * LANES * element, dtype);
-        } else {
-            value[0] = load_part(row, dtype, left);
-        }
-        UNROLL for (int i = 0; i < queries * vectors; i++)
-            sum[i] += weights[i / vectors * STRIDE + token] * value[i % vectors];
-    }
-    UNROLL for (int i = 0; i < queries * vectors; i++)
-        store_floats(sums + i / vectors * width + d + i % vectors * LANES, sum[i]);
-}
-
-/* The same for all elements: LANES sums in registers at a time, fewer at the end of a row. */
-INLINE void add_tile(const struct part *part, int64_t begin, int64_t end, int64_t offset, int64_t size,
-                     const float *weights, float *sums, int64_t width, int dtype, const int queries) {
-    const int vectors = LANES < queries ? 1 : LANES / queries < 8 ? LANES / queries : 8;
-    int64_t d = 0;
-    for (; d + vectors * LANES <= size; d += vectors * LANES)
-        add_columns(part->values, begin, end, offset, d, size, weights, sums, width, dtype, queries, vectors);
-    for (; d < size; d += LANES)
-        add_columns(part->values, begin, end, offset, d, size, weights, sums, width, dtype, queries, 1);
-}
 
 INLINE void add_head(const struct plan *plan, const struct part *part, int64_t begin, int64_t end, int64_t head,
                      const float *weights, float *sums, int dtype) {
@@ -150,7 +111,8 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
     int64_t width = plan->partial_width, offset = head * values->head_stride, g = 0;
 #define ADD(queries)                                                                                                 \
     for (; g + queries <= plan->groups; g += queries)                                                                \
-    add_tile(part, begin, end, offset, values->size, weights + g * STRIDE, sums + g * width, width, dtype, queries)
+    add_rows(part->values, begin, end, offset, values->size, weights + g * STRIDE, STRIDE, sums + g * width, width,   \
+             dtype, queries)
     ADD(8);
     ADD(4);
     ADD(2);
@@ -171,14 +133,17 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
     default: function(__VA_ARGS__, PENSTOCK_INT8);                                                                   \
     }
 
+/* Heads with one query each are scored QUERIES at once. */
 static void score_part(const struct plan *plan, const struct part *part, const float *query, float *scores) {
+    int64_t count = plan->groups == 1 ? QUERIES : 1;
     for (int64_t begin = 0; begin < part->num_tokens; begin += TILE) {
         int64_t end = smaller(begin + TILE, part->num_tokens);
-        for (int64_t h = 0; h < part->num_heads; h++) {
-            const float *queries = query + h * plan->groups * plan->query_width;
-            float *rows = scores + h * plan->groups * STRIDE;
-            fetch_ahead(part, &plan->call->keys, part->keys, end, h);
-            FOR_DTYPE(plan->product_dtype, score_head, plan, part, begin, end, part->first_head + h, queries, rows)
+        for (int64_t h = 0; h < part->num_heads; h += count) {
+            const float *queries = query + h * plan->group_rows * plan->query_width;
+            float *rows = scores + h * plan->group_rows * STRIDE;
+            fetch_ahead(part, &plan->call->keys, part->keys, begin, h, count);
+            FOR_DTYPE(plan->product_dtype, score_tile, plan, part, begin, end, part->first_head + h,
+                      part->num_heads - h, queries, rows)
         }
     }
 }
@@ -187,9 +152,9 @@ static void add_part(const struct plan *plan, const struct part *part, const flo
     for (int64_t begin = 0; begin < part->num_tokens; begin += TILE) {
         int64_t end = smaller(begin + TILE, part->num_tokens);
         for (int64_t h = 0; h < part->num_heads; h++) {
-            const float *rows = weights + h * plan->groups * STRIDE;
+            const float *rows = weights + h * plan->group_rows * STRIDE;
             float *sum = sums + h * plan->groups * plan->partial_width;
-            fetch_ahead(part, &plan->call->values, part->values, end, h);
+            fetch_ahead(part, &plan->call->values, part->values, begin, h, 1);
             FOR_DTYPE(plan->call->values.dtype, add_head, plan, part, begin, end, part->first_head + h, rows, sum)
         }
     }
@@ -233,25 +198,28 @@ static void weigh_part(const struct plan *plan, const struct part *part, float *
     for (int64_t h = 0; h < part->num_heads; h++) {
         gather_scales(&plan->call->keys, part, part->first_head + h, key_scales);
         gather_scales(&plan->call->values, part, part->first_head + h, value_scales);
-        for (int64_t g = h * plan->groups; g < (h + 1) * plan->groups; g++) {
-            float *kept = partials + g * plan->partial_width;
+        for (int64_t g = 0; g < plan->groups; g++) {
+            float *row = scores + (h * plan->group_rows + g) * STRIDE;
+            float *kept = partials + (h * plan->groups + g) * plan->partial_width;
             memset(kept, 0, sizeof(float) * (size_t)plan->value_width);
-            weigh(plan->call, part->num_tokens, scores + g * STRIDE, key_scales, value_scales, kept + plan->value_width,
+            weigh(plan->call, part->num_tokens, row, key_scales, value_scales, kept + plan->value_width,
                   kept + plan->value_width + 1);
         }
     }
 }
 
-/* Convert the part's queries to what is multiplied; the end of each row is filled with zeros. */
+/* Convert the part's queries to what is multiplied; the ends of rows, and rows without a query, become zeros. */
 static void convert_queries(const struct plan *plan, const struct part *part, float *to) {
     const struct penstock_attention *call = plan->call;
     int64_t size = call->keys.size, element = size_of(call->query_dtype);
+    memset(to, 0, sizeof(float) * (size_t)(task_rows(plan) * plan->query_width));
     int dtype = step_of(plan->product_dtype) > LANES ? PAIRS : call->query_dtype;
-    for (int64_t g = 0; g < part->num_heads * plan->groups; g++, to += plan->query_width) {
+    for (int64_t g = 0; g < part->num_heads * plan->groups; g++) {
+        float *row = to + (g / plan->groups * plan->group_rows + g % plan->groups) * plan->query_width;
         const char *from = (const char *)call->query + part->sequence * call->query_stride +
                            (part->first_head * plan->groups + g) * call->query_head_stride;
         for (int64_t d = 0, i = 0; d < size; d += step_of(dtype), i += LANES)
-            store_floats(to + i, load_part(from + d * element, dtype, smaller(size - d, step_of(dtype))));
+            store_floats(row + i, load_part(from + d * element, dtype, smaller(size - d, step_of(dtype))));
     }
 }
 
@@ -317,7 +285,7 @@ static void run_task(void *context, int worker, int64_t task) {
     find_rows(plan, &part);
     int64_t first_query_head = part.first_head * plan->groups, rows = part.num_heads * plan->groups;
     float *query = plan->scratch + worker * plan->scratch_width;
-    float *scores = query + plan->task_heads * plan->groups * plan->query_width;
+    float *scores = query + task_rows(plan) * plan->query_width;
     float *partials = plan->partials + (task / plan->num_slices * plan->call->num_query_heads + first_query_head) *
                                            plan->partial_width;
     convert_queries(plan, &part, query);
@@ -372,6 +340,7 @@ int penstock_attend_paged(const struct penstock_attention *call) {
     struct plan plan = {.call = call, .groups = call->num_query_heads / call->num_heads};
     if (!is_valid(call))
         return 1;
+    plan.group_rows = plan.groups == 1 ? 1 : round_up(plan.groups, QUERIES);
     plan.product_dtype = paired(call->keys.dtype, call->query_dtype);
     plan.query_width = round_up(call->keys.size, step_of(plan.product_dtype)) / step_of(plan.product_dtype) * LANES;
     plan.value_width = round_up(call->values.size, LANES);
@@ -381,9 +350,9 @@ int penstock_attend_paged(const struct penstock_attention *call) {
         return 2;
     int64_t num_parts = count_parts(&plan);
     choose_slices(&plan, num_parts);
-    int64_t num_tasks = num_parts * plan.num_slices, task_rows = plan.task_heads * plan.groups;
+    int64_t num_tasks = num_parts * plan.num_slices, num_rows = task_rows(&plan);
     int num_threads = (int)smaller(call->num_threads, larger(num_tasks, 1));
-    plan.scratch_width = round_up(task_rows * plan.query_width + larger(task_rows * STRIDE, plan.value_width), LINE);
+    plan.scratch_width = round_up(num_rows * plan.query_width + larger(num_rows * STRIDE, plan.value_width), LINE);
     plan.missing = malloc(sizeof(atomic_int) * (size_t)(call->num_sequences * plan.num_slices + 1));
     size_t partials = (size_t)round_up(num_parts * call->num_query_heads * plan.partial_width, LINE);
     plan.partials = aligned_alloc(LINE, sizeof(float) * (partials + (size_t)(plan.scratch_width * num_threads)));

@@ -21,7 +21,9 @@ from penstock.kernels.compiled import Source, load
 __all__ = ["AttendPaged", "CompiledAttention", "load_attend_paged"]
 
 _HERE = Path(__file__).parent
-SOURCE = Source(_HERE / "paged_cpu.c", (_HERE / "paged_cpu.h", _HERE / "vectors.h", _HERE / "workers.h"))
+SOURCE = Source(
+    _HERE / "paged_cpu.c", tuple(_HERE / name for name in ("paged_cpu.h", "products.h", "vectors.h", "workers.h"))
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _QUANTISED = {torch.int8, torch.float8_e4m3fn}
