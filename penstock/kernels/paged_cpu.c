@@ -7,7 +7,7 @@
 
    Keys are read once for all query heads that share them: each vector of a key is multiplied with up to QUERIES
    queries, LANES sums side by side in registers; each vector of values with 8 weights. A tile is a few tokens, visited
-   head by head, so memory is read nearly in order: the rows of many tokens side by side are slower by a third.
+   head by head, so memory is read nearly in order: long rows of many tokens side by side are slower by a third.
    As in every kernel of this kind, sums come before their division: weighted values beyond 3e38 overflow. */
 
 #include <math.h>
@@ -18,7 +18,6 @@
 #include "workers.h"
 
 #define PART 512
-#define TILE 8
 #define STRIDE (PART + LANES) /* of a row of scores: no power of two */
 #define MAX_TASK_HEADS 64     /* query heads; their scores stay in the second level of the cache */
 #define TASKS_PER_THREAD 4
@@ -30,6 +29,7 @@ struct plan {
     int product_dtype;                /* of keys and queries as they are multiplied */
     int64_t groups;                   /* query heads of a key head */
     int64_t group_rows;               /* rows of queries and of scores for a key head */
+    int64_t tile;                     /* tokens that are visited together */
     int64_t task_heads, num_slices;   /* key heads of a task, tasks of a part */
     int64_t query_width, value_width; /* sizes, rounded up to whole vectors */
     int64_t partial_width;            /* of one query head and part: values, largest score, sum of weights */
@@ -61,9 +61,9 @@ static int64_t first_token(const struct penstock_attention *call, int64_t sequen
    ahead of its use is slower than not to ask. Into the second level: the first holds too little, and has few requests.
    Inline, or the compiler takes it for a function without effect. */
 INLINE void fetch_ahead(const struct part *part, const struct penstock_rows *rows, const char *const *starts,
-                        int64_t begin, int64_t h, int64_t count) {
-    int64_t nbytes = rows->size * size_of(rows->dtype), next = h + larger(AHEAD / (TILE * nbytes), count);
-    int64_t token = begin + next / part->num_heads * TILE, end = smaller(token + TILE, part->num_tokens);
+                        int64_t begin, int64_t tile, int64_t h, int64_t count) {
+    int64_t nbytes = rows->size * size_of(rows->dtype), next = h + larger(AHEAD / (tile * nbytes), count);
+    int64_t token = begin + next / part->num_heads * tile, end = smaller(token + tile, part->num_tokens);
     int64_t last = smaller(next % part->num_heads + count, part->num_heads);
     for (; token < end; token++)
         for (int64_t head = next % part->num_heads; head < last; head++)
@@ -136,12 +136,12 @@ INLINE void add_head(const struct plan *plan, const struct part *part, int64_t b
 /* Heads with one query each are scored QUERIES at once. */
 static void score_part(const struct plan *plan, const struct part *part, const float *query, float *scores) {
     int64_t count = plan->groups == 1 ? QUERIES : 1;
-    for (int64_t begin = 0; begin < part->num_tokens; begin += TILE) {
-        int64_t end = smaller(begin + TILE, part->num_tokens);
+    for (int64_t begin = 0; begin < part->num_tokens; begin += plan->tile) {
+        int64_t end = smaller(begin + plan->tile, part->num_tokens);
         for (int64_t h = 0; h < part->num_heads; h += count) {
             const float *queries = query + h * plan->group_rows * plan->query_width;
             float *rows = scores + h * plan->group_rows * STRIDE;
-            fetch_ahead(part, &plan->call->keys, part->keys, begin, h, count);
+            fetch_ahead(part, &plan->call->keys, part->keys, begin, plan->tile, h, count);
             FOR_DTYPE(plan->product_dtype, score_tile, plan, part, begin, end, part->first_head + h,
                       part->num_heads - h, queries, rows)
         }
@@ -149,12 +149,12 @@ static void score_part(const struct plan *plan, const struct part *part, const f
 }
 
 static void add_part(const struct plan *plan, const struct part *part, const float *weights, float *sums) {
-    for (int64_t begin = 0; begin < part->num_tokens; begin += TILE) {
-        int64_t end = smaller(begin + TILE, part->num_tokens);
+    for (int64_t begin = 0; begin < part->num_tokens; begin += plan->tile) {
+        int64_t end = smaller(begin + plan->tile, part->num_tokens);
         for (int64_t h = 0; h < part->num_heads; h++) {
             const float *rows = weights + h * plan->group_rows * STRIDE;
             float *sum = sums + h * plan->groups * plan->partial_width;
-            fetch_ahead(part, &plan->call->values, part->values, begin, h, 1);
+            fetch_ahead(part, &plan->call->values, part->values, begin, plan->tile, h, 1);
             FOR_DTYPE(plan->call->values.dtype, add_head, plan, part, begin, end, part->first_head + h, rows, sum)
         }
     }
@@ -175,8 +175,8 @@ static void weigh(const struct penstock_attention *call, int64_t count, float *r
         floats score = load_floats(row + i) * call->scale * load_floats(key_scales + i);
         if (call->softcap != 0)
             score = hyperbolic_tangent(score / call->softcap) * call->softcap;
-        for (int64_t j = larger(count - i, 0); j < LANES; j++)
-            score[j] = -INFINITY;
+        if (count - i < LANES)
+            for (int64_t j = count - i; j < LANES; j++) score[j] = -INFINITY;
         store_floats(row + i, score);
         top = choose(score > top, score, top);
     }
@@ -341,6 +341,7 @@ int penstock_attend_paged(const struct penstock_attention *call) {
     if (!is_valid(call))
         return 1;
     plan.group_rows = plan.groups == 1 ? 1 : round_up(plan.groups, QUERIES);
+    plan.tile = plan.groups == 1 ? 8 : 16; /* more of them amortise loads and stores of sums, rows are shorter */
     plan.product_dtype = paired(call->keys.dtype, call->query_dtype);
     plan.query_width = round_up(call->keys.size, step_of(plan.product_dtype)) / step_of(plan.product_dtype) * LANES;
     plan.value_width = round_up(call->values.size, LANES);

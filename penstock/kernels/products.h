@@ -1,16 +1,16 @@
 /* The two products of attention over rows that lie anywhere: keys with queries, and weights with values.
 
-   Sums stay in registers: LANES vectors, or twice as many. Arguments that are `const` are known where this is inlined. */
+   Sums stay in registers: LANES vectors, or twice as many. What is `const` is known where these are inlined. */
 
 #include "vectors.h"
 
-#define TOKENS 4 /* whose sums with QUERIES rows fill LANES vectors */
-#define QUERIES (LANES / TOKENS)
+#define QUERIES 4
+#define TOKENS (LANES / QUERIES) /* whose sums with QUERIES rows fill LANES vectors */
 
 /* --- scores --- */
 
-/* Add products of TOKENS keys with `queries` rows to sums[query][token], in `vectors` vectors from vector d on; the last
-   one has `left` elements. Rows are `width` floats apart. */
+/* Add products of TOKENS keys with `queries` rows to sums[query][token], in `vectors` vectors from vector d on; the
+   last one has `left` elements. Rows are `width` floats apart. */
 INLINE void score_columns(const char *const *keys, int64_t d, int64_t left, const float *query, int64_t width,
                           int dtype, const int queries, const int vectors, floats *sums) {
     const int64_t nbytes = step_of(dtype) * size_of(dtype);
@@ -27,10 +27,10 @@ INLINE void score_columns(const char *const *keys, int64_t d, int64_t left, cons
     }
 }
 
-/* The same for all elements; a single query waits in registers, 64 elements of it, while the tokens pass. */
+/* The same for all elements; of a single query 64 wait in registers while the tokens pass. */
 INLINE void score_rows(const char *const *keys, int64_t size, const float *query, int64_t width, int dtype,
                        const int queries, floats *sums) {
-    const int most = LANES / (dtype >= PAIRS ? 8 : 4) / queries, vectors = most ? most : 1;
+    const int most = LANES / (queries > 1 ? 2 : dtype >= PAIRS ? 8 : 4) / queries, vectors = most ? most : 1;
     const int64_t step = step_of(dtype), whole = size / step;
     int64_t d = 0;
     for (; d + vectors <= whole; d += vectors)
