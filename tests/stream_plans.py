@@ -11,8 +11,8 @@ from penstock.offload.tiers import Tier
 __all__ = ["stream_plan"]
 
 
-def stream_plan(model: StreamedModel, tiers: Sequence[Tier], num_slots: int) -> Plan:
-    """Return a plan with each layer in its tier."""
+def stream_plan(model: StreamedModel, tiers: Sequence[Tier], num_slots: int, *, packed: bool = False) -> Plan:
+    """Return a plan with each layer in its tier; `packed` says how those on the device are there."""
     layouts = model.layer_layouts
     return Plan(
         tiers=tuple(tiers),
@@ -27,4 +27,5 @@ def stream_plan(model: StreamedModel, tiers: Sequence[Tier], num_slots: int) -> 
         device_layer_nbytes=0,
         host_nbytes=sum(layouts[index].wire_nbytes for index, tier in enumerate(tiers) if tier == Tier.HOST),
         nvme_nbytes=0,
+        device_packed=packed,
     )

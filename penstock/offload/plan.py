@@ -58,8 +58,8 @@ class ModelShape:
     """What a model costs, in bytes; measured, not derived from its config.
 
     `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
-    `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests in host RAM or travels, and
-    `kept_nbytes` what a layer that stays on the device needs once it has been loaded; all of it where that is empty.
+    `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests or travels, and `kept_nbytes`
+    what a layer whose parameters stay on the device needs once it has been loaded; all of it where that is empty.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
     `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens, and `kv_layers` are the parts of all
@@ -93,6 +93,11 @@ class ModelShape:
     def staying_nbytes(self) -> tuple[int, ...]:
         """Bytes of each layer, were it to stay on the device."""
         return self.kept_nbytes or self.layer_nbytes
+
+    @property
+    def packs(self) -> bool:
+        """Whether layers take less memory as they travel than as they are computed with."""
+        return sum(self.wire_nbytes) < sum(self.staying_nbytes)
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +136,8 @@ class Plan:
     """Where every layer lives and how the device's bytes are shared out.
 
     `tiers` names each layer's tier. `device_nbytes` = resident unit + slots + device layers + workspace + `kv_nbytes`.
+    Layers that stay on the device are there as they travel where they are `device_packed`: then they go through slots
+    like all others. A pass makes `expanded_nbytes` of parameters of what is packed.
     Host RAM holds `host_nbytes` of layers and `kv_host_nbytes` of keys and values. A disk holds `kv_nvme_nbytes` of
     them, and `kv_landing_nbytes` of host RAM is what those of a layer are read into.
     """
@@ -151,6 +158,8 @@ class Plan:
     kv_dtype: str = "auto"
     kv_nvme_nbytes: int = 0
     kv_landing_nbytes: int = 0
+    device_packed: bool = False
+    expanded_nbytes: int = 0
 
     @property
     def keeps_beside(self) -> bool:
@@ -206,7 +215,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     """Place a model. `tiers.device` and `tiers.host` must be known. Raises BudgetError, with what is short by how much.
 
     A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
-    layers get half of what the slots leave, and keys and values all the rest. In host RAM `tiers.kv_host` comes first,
+    layers get half of what the slots leave, where they rest packed if they are, and keys and values all the rest. In
+    host RAM `tiers.kv_host` comes first,
     and what keys and values of `tiers.kv_nvme` are read into; without `kv_host` layers do.
     """
     assert tiers.device is not None
@@ -239,17 +249,19 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
     loading = max(shape.loading_nbytes(everything) - workspace, 0)  # without slots, layers are loaded in the workspace
     left = room - loading
     on_device = _spread(shape.staying_nbytes, min(left * 4 // 5, left - _minimum_kv(shape)), everything, most)
+    packed = shape.packs and len(on_device) < len(everything)
+    kept = shape.wire_nbytes if packed else shape.staying_nbytes
     if len(on_device) < len(everything):
         largest = max(shape.layer_nbytes)
         num_slots = max(1, min(limits.num_slots, (room - _minimum_kv(shape)) * 3 // (4 * largest)))
         left = room - num_slots * largest
         share = left // 2 if limits.device_layers is None else left
         left = min(share, left - _minimum_kv(shape))
-        on_device = _spread(shape.staying_nbytes, left, everything, most)
-    streamed = [index for index in everything if index not in on_device]
-    most = len(streamed) if limits.host_layers is None else limits.host_layers
-    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host - landing, streamed, most)
-    on_disk = [index for index in streamed if index not in in_host]
+        on_device = _spread(kept, left, everything, most)
+    elsewhere = [index for index in everything if index not in on_device]
+    most = len(elsewhere) if limits.host_layers is None else limits.host_layers
+    in_host = _spread(shape.wire_nbytes, tiers.host - kv_host - landing, elsewhere, most)
+    on_disk = [index for index in elsewhere if index not in in_host]
     host_nbytes = sum(shape.wire_nbytes[index] for index in in_host)
     if tiers.kv_host is None:
         kv_host = int((tiers.host - landing - host_nbytes) * limits.kv_host_share)
@@ -268,11 +280,12 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
             got=format_size(nvme_nbytes),
             fix=f"Give the host {format_size(nvme_nbytes - tiers.nvme)} more, or raise the NVMe limit.",
         )
+    streamed = everything if packed else elsewhere
     num_slots = min(num_slots, len(streamed))
-    loading = shape.loading_nbytes(on_device)
+    loading = 0 if packed else shape.loading_nbytes(on_device)
     slot_nbytes = max(loading, *(shape.layer_nbytes[index] for index in streamed)) if num_slots else 0
     workspace = workspace if num_slots else max(workspace, loading)
-    device_layers = sum(shape.staying_nbytes[index] for index in on_device)
+    device_layers = sum(kept[index] for index in on_device)
     return Plan(
         tiers=tuple(
             Tier.DEVICE if index in on_device else Tier.HOST if index in in_host else Tier.NVME for index in everything
@@ -292,6 +305,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         kv_dtype=shape.kv_dtype,
         kv_nvme_nbytes=kv_nvme,
         kv_landing_nbytes=landing,
+        device_packed=packed and bool(on_device),
+        expanded_nbytes=sum(shape.staying_nbytes[index] for index in streamed) if packed else 0,
     )
 
 

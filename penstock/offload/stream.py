@@ -1,8 +1,9 @@
 """The weight stream: hands out layers in order while later ones are already on their way.
 
-Layers that live on the device have buffers of their own. All others share a few slots: streamed layer number s always
-uses slot s mod num_slots, so parameters are bound to their slot once and never again. A slot goes round its own cycle
-of layers; as soon as a layer's work has been issued its slot is refilled with the next of the cycle.
+Layers that live on the device have buffers of their own. All others share a few slots, and so do those that live there
+packed: streamed layer number s always uses slot s mod num_slots, so parameters are bound to their slot once and never
+again. A slot goes round its own cycle of layers; as soon as a layer's work has been issued its slot is refilled with
+the next of the cycle.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from penstock.offload.packing import Packer, piece_for
 from penstock.offload.plan import Plan
 from penstock.offload.rest import rest_places, source_nbytes
 from penstock.offload.tiers import Tier
-from penstock.offload.trace import INTO_HOST, STALLS, TO_DEVICE, Trace
+from penstock.offload.trace import FROM_STAGING, INTO_HOST, STALLS, TO_DEVICE, Trace
 
 __all__ = ["StreamStatistics", "WeightStream"]
 
@@ -141,7 +142,9 @@ class WeightStream:
 
     def _place(self, plan: Plan, cleanup: ExitStack) -> None:
         on_device = plan.layers_in(Tier.DEVICE)
-        self._own = {index: self._allocate(self._layouts[index].parameter_nbytes, cleanup) for index in on_device}
+        self._packed = on_device if plan.device_packed else ()
+        whole = () if plan.device_packed else on_device
+        self._own = {index: self._allocate(self._layouts[index].parameter_nbytes, cleanup) for index in whole}
         streamed = [index for index in range(len(self._layouts)) if index not in self._own]
         self._slots = [
             _Slot(self._allocate(plan.slot_nbytes, cleanup), streamed[number :: plan.num_slots])
@@ -151,6 +154,7 @@ class WeightStream:
         pin = self._device.type == "cuda"
         self._rest, self._filled = rest_places(self._layouts, plan.layers_in(Tier.HOST), cleanup, pin=pin)
         self.host_nbytes += sum(self._layouts[index].wire_nbytes for index in self._filled)
+        self._rest |= {index: self._allocate(self._layouts[index].wire_nbytes, cleanup) for index in self._packed}
 
     def _open_disk(
         self, checkpoint: Checkpoint, settings: ReadSettings, given: Reader | None, cleanup: ExitStack
@@ -195,7 +199,7 @@ class WeightStream:
         self._copies.wait_for_computing(self._copies.computed())  # buffers may be memory that it was still using
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
-        kept: list[int | None] = [None, *self._own, *self._filled]
+        kept: list[int | None] = [None, *self._own, *self._packed, *self._filled]
         made = [index for index in kept if self._is_made(index)]
         fetches = {index: self._fetch_to_keep(index) for index in kept if index not in made}
         for fetch in fetches.values():
@@ -240,7 +244,7 @@ class WeightStream:
             del whole
 
     def _make(self, index: int | None, whole: Tensor, packer: Packer) -> None:
-        """Load a unit in `whole`; keep its parameters, or of one that rests in host RAM its wire bytes."""
+        """Load a unit in `whole`; keep its parameters, or of one that rests packed its wire bytes."""
         layout = self._layout_of(index)
         fetch = self._fetch_from_disk(index, whole)
         fetch.layout = None  # it is not whole yet
@@ -264,7 +268,7 @@ class WeightStream:
         """Return the fetch of a unit to where it stays."""
         if index is None or index in self._own:
             return self._fetch_from_disk(index, self.resident if index is None else self._own[index])
-        return self._fetch_to_host(index)
+        return self._fetch_to_rest(index)
 
     def _fetch_from_disk(self, index: int | None, buffer: Tensor, after: Any = None) -> Fetch:
         """Return the fetch of a layer, or of the resident unit (None), to its buffer on the device."""
@@ -276,16 +280,17 @@ class WeightStream:
         name = "resident unit" if index is None else f"layer {index}"
         return Fetch(chunks, buffer, 0, self._copies, layout, after, checks.begin(), name=name)
 
-    def _fetch_to_host(self, index: int) -> Fetch:
-        """Return the fetch of a layer to where it rests in host RAM."""
+    def _fetch_to_rest(self, index: int) -> Fetch:
+        """Return the fetch of a layer to where it rests, in host RAM or packed on the device."""
+        is_there = index in self._packed
         return Fetch(
             self._chunks[index],
             self._rest[index],
             self._layouts[index].wire_offset,
-            Copies(self._trace),
+            self._copies if is_there else Copies(self._trace),
             verification=self._checks[index].begin(),
             name=f"layer {index}",
-            lane=INTO_HOST,
+            lane=FROM_STAGING if is_there else INTO_HOST,
         )
 
     @contextmanager
@@ -309,7 +314,7 @@ class WeightStream:
         """Let computing wait for a layer; on exit refill its slot."""
         if slot.layer != index:
             self._refill(slot, index)
-        waiting = self._watch.begin()
+        waiting = None if index in self._packed else self._watch.begin()
         try:
             arrived = slot.arrived.result()
         except BaseException:
@@ -317,8 +322,8 @@ class WeightStream:
                 slot.layer = None
             raise
         self._copies.wait_for_copies(arrived)
-        tier = Tier.HOST if index in self._rest else Tier.NVME
-        self._watch.end(tier, waiting, lane=STALLS, layer=index)
+        if waiting is not None:  # else computing waits for computing
+            self._watch.end(Tier.HOST if index in self._rest else Tier.NVME, waiting, lane=STALLS, layer=index)
         slot.entered = True
         try:
             yield
@@ -335,33 +340,41 @@ class WeightStream:
             slot.released = self._copies.expanded()
         slot.layer, slot.entered = None, False
         if index in self._rest:
-            self._moved += self._layouts[index].wire_nbytes
+            self._moved += 0 if index in self._packed else self._layouts[index].wire_nbytes
             self._decoded += self._layouts[index].parameter_nbytes
             slot.arrived = Future()
             if self._copies.asynchronous:
-                self._fetch_from_host(slot, index, slot.arrived)
+                self._fetch_from_rest(slot, index, slot.arrived)
             else:
-                self._copier.submit(self._fetch_from_host, slot, index, slot.arrived)
+                self._copier.submit(self._fetch_from_rest, slot, index, slot.arrived)
         else:
             fetch = self._fetch_from_disk(index, slot.buffer, slot.released)
             slot.arrived = fetch.arrived
             self._lane.start(fetch)
         slot.layer = index
 
-    def _fetch_from_host(self, slot: _Slot, index: int, arrived: Future[Any]) -> None:
+    def _fetch_from_rest(self, slot: _Slot, index: int, arrived: Future[Any]) -> None:
         layout = self._layouts[index]
+        place = slot.buffer[layout.wire_offset : layout.nbytes]
         try:
             with self._copies.issue():
                 self._copies.wait_for_computing(slot.released)
-                begun = self._copies.watch.begin()
-                with self._copies.traced(TO_DEVICE, f"layer {index}", bytes=layout.wire_nbytes):
-                    self._copies.copy(slot.buffer[layout.wire_offset : layout.nbytes], self._rest[index])
-                self._copies.watch.end(TRANSFER, begun)
+                if index in self._packed:
+                    self._copies.copy(place, self._rest[index])
+                else:
+                    self._bring(index, place)
             arrived.set_result(self._copies.expand(layout, slot.buffer))
         except BaseException as error:
             arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
             if not isinstance(error, Exception):
                 raise
+
+    def _bring(self, index: int, place: Tensor) -> None:
+        """Copy a layer from host RAM."""
+        begun = self._copies.watch.begin()
+        with self._copies.traced(TO_DEVICE, f"layer {index}", bytes=place.numel()):
+            self._copies.copy(place, self._rest[index])
+        self._copies.watch.end(TRANSFER, begun)
 
     def statistics(self) -> StreamStatistics:
         """Return a snapshot."""

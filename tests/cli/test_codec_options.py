@@ -68,7 +68,7 @@ def test_bench_says_what_decoded_weights_arrive_at(capsys, monkeypatch, codec, r
         (["--exclude", "*"], "--exclude is for packing on load"),
         (["--codec", "int8", "--exclude", "nothing*"], "nothing to exclude"),
         (["--codec", "int8", "--verify"], "compares with the weights as they are stored"),
-        (["--codec", "int4", "--host-memory", "1MiB"], "packed on load cannot be left on NVMe"),
+        (["--codec", "exact", "--host-memory", "1MiB"], "packed on load cannot be left on NVMe"),
     ],
 )
 def test_options_that_do_not_go_together(capsys, arguments, message):

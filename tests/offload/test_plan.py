@@ -53,8 +53,9 @@ def test_every_plan_keeps_its_budgets_and_places_every_layer(shape, device, host
     assert len(made.tiers) == len(shape.layer_nbytes)
     assert made.kv_nbytes >= shape.kv_sequence_nbytes + 16 * shape.kv_token_nbytes
     streamed = made.layers_in(Tier.HOST) + made.layers_in(Tier.NVME)
-    assert (made.num_slots > 0) == bool(streamed)
-    assert all(shape.layer_nbytes[index] <= made.slot_nbytes for index in streamed)
+    assert (made.num_slots > 0) == bool(streamed or made.device_packed)
+    through_slots = range(len(made.tiers)) if made.device_packed else streamed
+    assert all(shape.layer_nbytes[index] <= made.slot_nbytes for index in through_slots)
     assert 1 <= made.micro_batch_tokens <= made.pass_tokens
     assert made.host_nbytes == sum(shape.wire_nbytes[index] for index in made.layers_in(Tier.HOST))
 
@@ -98,8 +99,9 @@ def test_what_layers_keep_on_the_device_is_counted_and_so_is_loading_them(shape,
     on_device = made.layers_in(Tier.DEVICE)
     assert made.device_nbytes <= device
     assert made.kv_nbytes >= shape.kv_sequence_nbytes + 16 * shape.kv_token_nbytes
-    assert made.device_layer_nbytes == sum(shape.kept_nbytes[index] for index in on_device)
-    loading = max((shape.layer_nbytes[i] for i in on_device if shape.kept_nbytes[i] < shape.layer_nbytes[i]), default=0)
+    kept = shape.wire_nbytes if made.device_packed else shape.kept_nbytes
+    assert made.device_layer_nbytes == sum(kept[index] for index in on_device)
+    loading = max((shape.layer_nbytes[i] for i in on_device if kept[i] < shape.layer_nbytes[i]), default=0)
     assert loading <= (made.slot_nbytes if made.num_slots else made.workspace_nbytes)
 
 
@@ -112,9 +114,26 @@ def test_layers_on_the_device_leave_what_one_sequence_needs():
 
 def test_more_layers_stay_on_the_device_when_they_keep_less():
     tiers = MemoryTiers(device=SCORES + 1500, host=0)
-    whole = make_plan(shape((100,) * 20), tiers, LIMITS)
-    half = make_plan(keeping(shape((100,) * 20), [50]), tiers, LIMITS)
+    plain = shape((100,) * 20, wire_nbytes=(100,) * 20)
+    whole = make_plan(plain, tiers, LIMITS)
+    half = make_plan(keeping(plain, [50]), tiers, LIMITS)
     assert len(half.layers_in(Tier.DEVICE)) >= 2 * len(whole.layers_in(Tier.DEVICE)) > 0
+
+
+def test_packed_layers_stay_packed_on_the_device_unless_all_fit_whole():
+    """Then they need slots, all of them, though none may come from anywhere else."""
+    packs = shape((100,) * 20, wire_nbytes=(30,) * 20)
+    some = make_plan(packs, MemoryTiers(device=SCORES + 1200, host="1MiB"), LIMITS)
+    assert some.device_packed
+    assert some.device_layer_nbytes == 30 * len(some.layers_in(Tier.DEVICE)) > 0
+    assert some.host_nbytes == 30 * len(some.layers_in(Tier.HOST)) > 0
+    assert some.expanded_nbytes == 20 * 100
+    every = make_plan(packs, MemoryTiers(device=SCORES + 2000, host=0), LIMITS)
+    assert every.layers_in(Tier.DEVICE) == tuple(range(20))
+    assert (every.num_slots, every.device_packed, every.device_layer_nbytes) == (3, True, 600)
+    whole = make_plan(packs, MemoryTiers(device=SCORES + 3500, host=0), LIMITS)
+    assert (whole.num_slots, whole.device_packed, whole.expanded_nbytes) == (0, False, 0)
+    assert whole.device_layer_nbytes == 2000
 
 
 @given(shapes)

@@ -47,9 +47,9 @@ PROMPTS = ["class Point:\n    def __init__(self, x, y):\n", "import os\n\n\ndef 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)
 
 
-def plan_of(model: StreamedModel, tiers: Sequence[Tier]) -> Plan:
+def plan_of(model: StreamedModel, tiers: Sequence[Tier], *, packed: bool) -> Plan:
     """A plan with two slots, or none."""
-    return stream_plan(model, tiers, 0 if set(tiers) == {Tier.DEVICE} else 2)
+    return stream_plan(model, tiers, 0 if set(tiers) == {Tier.DEVICE} and not packed else 2, packed=packed)
 
 
 def parameters(layout: Layout, buffer: torch.Tensor) -> dict[str, bytes]:
@@ -58,21 +58,22 @@ def parameters(layout: Layout, buffer: torch.Tensor) -> dict[str, bytes]:
 
 
 def streamed(
-    model: StreamedModel, checkpoint: Checkpoint, tiers: Sequence[Tier], device: str
+    model: StreamedModel, checkpoint: Checkpoint, tiers: Sequence[Tier], device: str, *, packed: bool = False
 ) -> list[dict[str, bytes]]:
     """Return what every unit's parameters are, in two passes, which are equal."""
     passes = []
     with WeightStream(
-        plan_of(model, tiers),
+        plan_of(model, tiers, packed=packed),
         checkpoint=checkpoint,
         resident=model.resident,
         layers=model.layer_layouts,
         device=torch.device(device),
         checks=model.checks,
     ) as stream:
-        done = []
+        done: list[tuple[int, int]] = []
         stream.load(lambda *state: done.append(state))
         assert done[-1][0] == done[-1][1] > 0
+        loaded = stream.statistics().device_bytes
         for _ in range(2):
             made = [parameters(model.resident, stream.resident)]
             for index, layout in enumerate(model.layer_layouts):
@@ -81,6 +82,8 @@ def streamed(
                         torch.cuda.synchronize()
                     made.append(parameters(layout, stream.buffer_of(index)))
             passes.append(made)
+        if set(tiers) == {Tier.DEVICE}:
+            assert stream.statistics().device_bytes == loaded, "what stays on the device needs no link"
     assert passes[0] == passes[1]
     return passes[0]
 
@@ -129,7 +132,9 @@ def test_the_bits_are_those_of_a_packed_checkpoint(checkpoints, name, codec, dev
     assert [one.wire_nbytes for one in model.layer_layouts] == [one.wire_nbytes for one in wanted_model.layer_layouts]
     wanted = streamed(wanted_model, Checkpoint.open(packed), TIERS["host"], device)
     for tiers in (TIERS["device"], TIERS["both"]):
-        assert streamed(model, Checkpoint.open(source), tiers, device) == wanted
+        for is_packed in (False, True):
+            assert streamed(model, Checkpoint.open(source), tiers, device, packed=is_packed) == wanted
+        assert streamed(wanted_model, Checkpoint.open(packed), tiers, device, packed=True) == wanted
     if codec == "exact":
         plain = load_model(source, dtype=dtype, device=device)
         assert streamed(plain, Checkpoint.open(source), TIERS["host"], device) == wanted
@@ -147,9 +152,12 @@ def test_a_device_that_is_not_there_packs_the_same_bits(checkpoints, monkeypatch
         counted = CodeOnLoad(PackOptions(codec).resolved(), torch.device("cuda"), ReadSettings())
         there = load_model(source, device="cpu", code=counted)
         assert there.layer_layouts == model.layer_layouts
-        found = streamed(replace(there, device=torch.device("cuda")), Checkpoint.open(source), TIERS["both"], "cuda")
+        on_cuda = replace(there, device=torch.device("cuda"))
+        found = [
+            streamed(on_cuda, Checkpoint.open(source), TIERS["both"], "cuda", packed=packed) for packed in (False, True)
+        ]
         assert stream.num_late > 0
-    assert found == wanted
+    assert found == [wanted, wanted]
 
 
 @pytest.mark.parametrize("count", [1, 1023, 4096, 100_001])
@@ -200,8 +208,11 @@ def test_passes_over_packed_layers_never_wait(monkeypatch, codec):
 # ------------------------------------------------------------------------------------------------- whole runs
 
 
-def generate(path: Path, codec: str | PackOptions | None, host: str, device: str, memory: str = "13MiB"):
-    with LLM(path, codec=codec, device=device, tiers=MemoryTiers(device=memory, host=host)) as llm:
+def generate(
+    path: Path, codec: str | PackOptions | None, host: str, device: str, memory: str = "13MiB", layers: int | None = 0
+):
+    tiers = MemoryTiers(device=memory, host=host)
+    with LLM(path, codec=codec, device=device, tiers=tiers, device_layers=layers) as llm:
         outputs = [output.outputs[0] for output in llm.generate(PROMPTS, GREEDY)]
         return [(one.token_ids, one.logprobs) for one in outputs], llm.plan, llm.last_run
 
@@ -223,6 +234,13 @@ def test_a_run_is_that_of_a_packed_model(tmp_path, codec, device):
         assert moved.transfer_seconds > 0
     if codec == "exact":
         assert found == generate(DEFAULT_MODEL, None, "40MiB", device)[0]
+    resident, mine, report = generate(DEFAULT_MODEL, codec, "0", device, memory="18MiB", layers=12)
+    assert resident == wanted
+    assert mine.device_packed
+    assert mine.layers_in(Tier.DEVICE) == tuple(range(12))
+    assert report.traffic.device_bytes == report.traffic.transfer_seconds == 0
+    assert report.traffic.host_stall_seconds == report.traffic.disk_stall_seconds == 0
+    assert report.as_dict()["plan"]["device_packed"]
 
 
 def test_host_memory_is_used_well_and_never_exceeded(device):
