@@ -52,7 +52,12 @@ def _places(question: Question, plan: Plan) -> str:
     slots = plan.num_slots * plan.slot_nbytes
     rows = [
         ("device", "embedding, head, norms", plan.resident_nbytes, ""),
-        ("", _layers(counts[Tier.DEVICE]), plan.device_layer_nbytes, "stay there"),
+        (
+            "",
+            _layers(counts[Tier.DEVICE]),
+            plan.device_layer_nbytes,
+            f"stay there{', packed' if plan.device_packed else ''}",
+        ),
         ("", f"{plan.num_slots} slot{'' if plan.num_slots == 1 else 's'}", slots, "that layers stream through"),
         ("", "keys and values", plan.kv_nbytes, here),
         (
