@@ -246,12 +246,17 @@ class _Costs:
         """Return the cost of a pass over micro-batches of each home, of which `rows` tokens go through the head."""
         hosted = [*in_host, *on_disk]
         batches = [*device, *hosted]
+        flops = self.model.of(chain.from_iterable(batches), rows=rows)
         weights = sum(self.model.weights_read(sum(span.length for span in batch)) for batch in batches)
+        layers = self._layers(batches)
+        if layers:
+            weights, flops = 0, flops - self.model.per_token * sum(span.length for batch in batches for span in batch)
         there = [span for span in chain.from_iterable(hosted) if span.length > 1 or self.plan.kv_dtype == "int4"]
         return pass_cost(
             self.plan,
             self.machine,
-            flops=self.model.of(chain.from_iterable(batches), rows=rows),
+            flops=flops,
+            layers_seconds=layers,
             weight_nbytes=weights + self._seen(chain.from_iterable(device)),
             num_calls=len(batches) * len(self.plan.tiers),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
@@ -259,6 +264,14 @@ class _Costs:
             stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,
             disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
+
+    def _layers(self, batches: Batches) -> float:
+        """Return what the layers take for all micro-batches, where that has been measured; else 0."""
+        times = self.machine.layer_times
+        if times is None:
+            return 0.0
+        sizes = ((sum(span.length for span in batch), all(span.length == 1 for span in batch)) for batch in batches)
+        return len(self.plan.tiers) * sum(times.of(size, single=single) for size, single in sizes)
 
     def _on_disk(self, spans: Iterable[Span]) -> float:
         """Bytes that are read of tokens that were there before, and written of new ones, in whole blocks."""

@@ -31,7 +31,7 @@ from penstock.engine.outputs import RequestOutput, ScoreOutput
 from penstock.engine.planner import Objective
 from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
-from penstock.engine.rehearsal import call_seconds, rehearse, rehearse_compiled
+from penstock.engine.rehearsal import call_seconds, layer_times, rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
 from penstock.engine.results import completion_of, score_of
@@ -53,7 +53,7 @@ from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
 from penstock.offload.buffers import check_decoders
 from penstock.offload.codec import CodecName, PackOptions
-from penstock.offload.cost import Machine
+from penstock.offload.cost import LayerTimes, Machine
 from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
@@ -131,6 +131,7 @@ class LLM:
         self._closed = False
         self._generation: Generation | None = None
         self._call_seconds = 0.0
+        self._layer_times: LayerTimes | None = None
         asked = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
         fixed = {name: value for name, value in asked.items() if value is not None}
         limits = limits_of(self._device, fixed)
@@ -160,7 +161,7 @@ class LLM:
         self._shape = self._rehearse(known, limits, compile)
         if tiers == "auto":
             hardware, expects = hardware or kept_profile(), expects or USUAL_WORK
-        machine = self._machine(hardware, measures=bool(expects))
+        machine = self._machine(hardware, known, limits, measures=bool(expects))
         self._forget_rehearsals()
         self.plan, self._forecast, self._why = plan_run(
             self._shape,
@@ -217,8 +218,15 @@ class LLM:
             return shape
         return compiled
 
-    def _machine(self, hardware: HardwareProfile | Peaks | Machine | None, *, measures: bool) -> Machine | None:
-        """Return the rates of this model's passes; what issuing a layer takes is measured where it is asked for."""
+    def _machine(
+        self,
+        hardware: HardwareProfile | Peaks | Machine | None,
+        known: MemoryTiers,
+        limits: PassLimits,
+        *,
+        measures: bool,
+    ) -> Machine | None:
+        """Return the rates of this model's passes; what its layers take is measured where it is asked for."""
         if hardware is None:
             return None
         dtype = str(self._model.dtype).removeprefix("torch.")
@@ -229,8 +237,32 @@ class LLM:
         else:
             machine = hardware
         if measures:
+            self._measure_layers(machine, known, limits)
+        return self._as_measured(machine)
+
+    def _measure_layers(self, machine: Machine, known: MemoryTiers, limits: PassLimits) -> None:
+        """Measure what layers take a CPU in micro-batches of the usual plan, or what issuing one takes it.
+
+        Experts are not timed: over zeros, tokens all go to the same ones.
+        """
+        flops = count_flops(self._model)
+        if self._device.type == "cpu" and flops is not None and not flops.expert_nbytes:
+            try:
+                usual = make_plan(self._shape, known, limits)
+            except BudgetError:  # the planner may find another one
+                return
+            options = {"num_tokens": usual.micro_batch_tokens, "free_nbytes": usual.kv_nbytes}
+            self._layer_times = layer_times(self._model, self._executor, **options)
+        else:
             self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
-        return replace(machine, call_seconds=machine.call_seconds or self._call_seconds)
+
+    def _as_measured(self, machine: Machine) -> Machine:
+        """Return a machine with what was measured of this model's layers, unless it says that itself."""
+        return replace(
+            machine,
+            call_seconds=machine.call_seconds or self._call_seconds,
+            layer_times=machine.layer_times or self._layer_times,
+        )
 
     def _forget_rehearsals(self) -> None:
         """Give back what they have taken, before what the plan says is taken."""
@@ -248,9 +280,13 @@ class LLM:
         flops = count_flops(self._model)
         if flops is None:
             return None
-        machine = replace(machine, call_seconds=machine.call_seconds or self._call_seconds)
         return forecast(
-            self.plan, machine, flops, lengths, cost=self._kv_cost, splits_prompts=self._model.splits_prompts
+            self.plan,
+            self._as_measured(machine),
+            flops,
+            lengths,
+            cost=self._kv_cost,
+            splits_prompts=self._model.splits_prompts,
         )
 
     @property

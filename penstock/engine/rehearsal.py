@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -31,16 +31,24 @@ from penstock.engine.model.compile import LayerCompiler
 from penstock.errors import BudgetError, ModelError
 from penstock.io.limits import available_memory
 from penstock.offload.buffers import convert
+from penstock.offload.cost import LayerTimes
 from penstock.offload.kv import KVStore
 from penstock.offload.layout import Layout
 from penstock.offload.plan import ModelShape, WindowLayer, window_workspace
 from penstock.offload.tiers import format_size
 
-__all__ = ["call_seconds", "dissect", "rehearse", "rehearse_compiled"]
+__all__ = ["call_seconds", "dissect", "layer_times", "rehearse", "rehearse_compiled"]
 
 NUM_TOKENS = 32
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
+
+_SINGLES = (1, 8, 32)
+"""Numbers of sequences with one new token each that are measured."""
+
+_TIMED_LAYERS = 2
+_CACHES_NBYTES = 128 << 20
+"""Who has written so much finds nothing else in the caches."""
 
 _PASSES = 4
 _LARGE_NBYTES = 16 << 20
@@ -149,6 +157,34 @@ def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | Non
     return max(least / len(model.layers) - reading, 0.0)
 
 
+def layer_times(model: StreamedModel, executor: Executor, *, num_tokens: int, free_nbytes: int) -> LayerTimes:
+    """Measure what a layer takes the CPU, for single tokens and for prompts of up to `num_tokens` tokens.
+
+    That is the faster of the first two layers, of which nothing is in the caches: `free_nbytes` may be taken to make
+    sure of that. Takes some seconds for layers of gigabytes.
+    """
+    _, weights = _bind_to_zeros(model)
+    weights.zero_()  # pages that were never written are all the same one
+    executor.weights = timed = _Timed(min(_CACHES_NBYTES, free_nbytes))
+
+    def measure(*spans: Span) -> tuple[int, float]:
+        kv = KVStore(device=model.device)
+        for span in spans:
+            kv.acquire(span.sequence, num_tokens=span.length)
+        timed.seconds.clear()
+        batch = MicroBatch(spans, kv, MAX_SCORES)
+        with suppress(_EnoughError):
+            _run(model, executor, batch)
+        return batch.num_tokens, min(timed.seconds)
+
+    most = min(num_tokens, model.context_length or num_tokens)
+    measure(Span(0, 0, 1))  # what the first call of all takes
+    return LayerTimes(
+        singles=tuple(measure(*(Span(number, 0, 1) for number in range(count))) for count in _SINGLES),
+        prompts=tuple(measure(Span(0, 0, count)) for count in sorted({max(most // 8, 2), max(most, 2)})),
+    )
+
+
 def dissect(directory: Path, *, dtype: str = "auto", kv_dtype: str = "auto") -> Anatomy:
     """Build the model of a directory on the CPU, without weights, and return what it is made of and costs.
 
@@ -253,6 +289,27 @@ class _Nothing:
         if index == 0:
             self._watch.held = self._watch.live
         yield
+
+
+class _EnoughError(Exception):
+    """Breaks a pass off."""
+
+
+class _Timed:
+    """A weight source without weights, which times the first layers with empty caches, and lets no others run."""
+
+    def __init__(self, caches_nbytes: int) -> None:
+        self._filler = torch.zeros(caches_nbytes, dtype=torch.uint8)
+        self.seconds: list[float] = []
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:
+        if index == _TIMED_LAYERS:
+            raise _EnoughError
+        self._filler.add_(1)
+        began = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - began)
 
 
 class _Drained:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from penstock.errors import ProfileError
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.plan import Plan
 
 __all__ = [
-    "COMPUTING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "STORING", "Machine", "PassCost",
-    "pass_cost",
+    "COMPUTING", "EXPANDING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "STORING", "LayerTimes",
+    "Machine", "PassCost", "pass_cost",
 ]  # fmt: skip
 
 COMPUTING = "computing"
@@ -40,12 +41,33 @@ _MEASURE = "Measure with `penstock profile`, without --quick, on the machine and
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Seconds that one layer takes for a micro-batch, measured: pairs of tokens and seconds, in order.
+
+    `singles` are of as many sequences with one new token each, `prompts` of one sequence with so many.
+    """
+
+    singles: tuple[tuple[int, float], ...]
+    prompts: tuple[tuple[int, float], ...]
+
+    def of(self, num_tokens: int, *, single: bool) -> float:
+        """Return the seconds for a number of tokens: between two that were measured, or on beyond the last."""
+        known = self.singles if single else self.prompts
+        (low, first), (high, last) = known[0], known[-1]
+        for (low, first), (high, last) in pairwise(known):  # noqa: B007 - the last pair goes on
+            if num_tokens <= high:
+                break
+        slope = (last - first) / (high - low) if high > low else 0.0
+        return max(first + slope * (num_tokens - low), known[0][1])
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """Rates that bound a pass, in bytes and FLOP per second. None: not measured, and fatal where it is needed.
 
     `device_memory` is how fast computing reads weights, keys and values, `host_read` how fast a processor reads host
     RAM. `call_seconds` is what issuing one layer for one micro-batch takes the processor: a GPU computes meanwhile,
-    and where the processor is the device, it comes on top of computing.
+    and where the processor is the device, it comes on top of computing. With `layer_times`, layers take what they say.
     """
 
     host_to_device: float | None
@@ -55,6 +77,7 @@ class Machine:
     host_read: float | None = None
     call_seconds: float = 0.0
     on_cpu: bool = False
+    layer_times: LayerTimes | None = None
 
     @classmethod
     def of(cls, profile: HardwareProfile, path: str | os.PathLike[str], *, dtype: str, on_cpu: bool) -> Machine:
@@ -106,6 +129,7 @@ def pass_cost(
     flops: float,
     weight_nbytes: float,
     num_calls: int = 0,
+    layers_seconds: float = 0,
     host_kv_nbytes: float = 0,
     copied_kv_nbytes: float = 0,
     stored_kv_nbytes: float = 0,
@@ -113,18 +137,20 @@ def pass_cost(
 ) -> PassCost:
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
-    Computing takes as long as its arithmetic or its reading, whichever is longer, and what it takes to expand layers
-    that are packed. `num_calls` are the layers of all
-    micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM and stores
-    `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the processor is the device, it computes
-    nothing meanwhile. `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the
-    weights. Raises ProfileError when a rate that the pass depends on has not been measured.
+    Computing takes as long as its arithmetic or its reading, whichever is longer, and `layers_seconds` besides, and
+    what it takes to expand layers that are packed. `num_calls` are the layers of all micro-batches. A processor reads
+    the `host_kv_nbytes` of keys and values that lie in host RAM and stores `stored_kv_nbytes` of new ones, at what the
+    link leaves of its rate; where the processor is the device, it computes nothing meanwhile, nor while it copies.
+    `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises
+    ProfileError when a rate that the pass depends on has not been measured.
     """
     computing = max(
         _seconds("arithmetic", flops, machine.flops),
         _seconds("the device's memory", weight_nbytes, machine.device_memory),
     )
-    computing += _seconds("the device's memory", EXPANDING * plan.expanded_nbytes, machine.device_memory)
+    computing += layers_seconds + _seconds(
+        "the device's memory", EXPANDING * plan.expanded_nbytes, machine.device_memory
+    )
     streamed = plan.host_nbytes + plan.nvme_nbytes
     busy = {
         COMPUTING: computing,
@@ -133,7 +159,7 @@ def pass_cost(
     }
     issuing = num_calls * machine.call_seconds
     if machine.on_cpu:
-        busy[COMPUTING] += issuing
+        busy[COMPUTING] += issuing + busy[HOST_TO_DEVICE]  # it is the processor that copies, too
     elif issuing:
         busy[ISSUING] = issuing
     if host_kv_nbytes or stored_kv_nbytes:

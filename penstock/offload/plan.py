@@ -10,7 +10,15 @@ from penstock.errors import BudgetError
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
-__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "make_plan", "window_workspace"]
+__all__ = [
+    "SCORE_NBYTES",
+    "ModelShape",
+    "PassLimits",
+    "Plan",
+    "WindowLayer",
+    "make_plan",
+    "window_workspace",
+]
 
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""

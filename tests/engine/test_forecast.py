@@ -15,11 +15,19 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import BudgetError, ProfileError
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
-from penstock.offload.cost import HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, STORING, Machine
+from penstock.offload.cost import (
+    COMPUTING,
+    HOST_ATTENTION,
+    HOST_TO_DEVICE,
+    NVME_TO_HOST,
+    STORING,
+    LayerTimes,
+    Machine,
+)
 from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
 from penstock.offload.homes import KVHomes
-from penstock.offload.tiers import MemoryTiers
+from penstock.offload.tiers import MemoryTiers, Tier
 
 MACHINE = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e12, device_memory=1e12)
 COST = KVCost(10, 0, 4)
@@ -233,3 +241,14 @@ def test_it_makes_the_passes_that_the_homes_make(tiny_llama, kernels, kv_nvme):
         assert (run.peak_on_nvme > 0) == bool(kv_nvme)
     assert hosted > 0
     assert (found.passes, found.peak_sequences) == (run.num_passes, run.peak_sequences)
+
+
+def test_layers_take_what_was_measured_and_the_rest_what_rates_say():
+    """Two layers; a prompt of 8 tokens, then three single ones of each request, in one micro-batch."""
+    times = LayerTimes(singles=((1, 0.5), (2, 1.0)), prompts=((16, 4.0),))
+    machine = replace(MACHINE, on_cpu=True, layer_times=times)
+    plan = make_plan_of(kv_nbytes=2 * COST.of(12), tiers=(Tier.DEVICE,) * 2)
+    found = forecast(plan, machine, model(per_token=10**9, per_row=0), [Length(8, 4)] * 2, cost=COST)
+    assert found.passes == 4
+    read = 2 * (9 + 10 + 11) * 10 / machine.device_memory
+    assert found.busy_seconds[COMPUTING] == pytest.approx(2 * (4.0 + 3 * 1.0) + read)

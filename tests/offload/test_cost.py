@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 from made_plan import make_plan_of
 
 from penstock.errors import ProfileError
-from penstock.offload.cost import COMPUTING, HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST, Machine, PassCost, pass_cost
+from penstock.offload.cost import (
+    COMPUTING,
+    EXPANDING,
+    HOST_ATTENTION,
+    HOST_TO_DEVICE,
+    NVME_TO_HOST,
+    LayerTimes,
+    Machine,
+    PassCost,
+    pass_cost,
+)
 
 MACHINE = Machine(host_to_device=50e9, nvme_to_host=2e9, flops=100e12, device_memory=1e12)
 
@@ -37,6 +47,28 @@ def test_keys_and_values_in_host_ram():
     busy = pass_cost(make_plan_of(), on_cpu, flops=100e12, weight_nbytes=0, host_kv_nbytes=200e9).busy
     assert busy[COMPUTING] == 3.0
     assert HOST_ATTENTION not in busy
+
+
+def test_what_layers_take_lies_between_measurements_and_goes_on_beyond_them():
+    times = LayerTimes(singles=((1, 2.0), (8, 2.0), (16, 4.0)), prompts=((64, 3.0),))
+    assert [times.of(count, single=True) for count in (1, 4, 8, 12, 16, 32)] == [2.0, 2.0, 2.0, 3.0, 4.0, 8.0]
+    assert [times.of(count, single=False) for count in (2, 64, 640)] == [3.0, 3.0, 3.0]
+    noisy = LayerTimes(singles=((1, 2.0), (8, 1.0)), prompts=((8, 1.0), (64, 8.0)))
+    assert [noisy.of(count, single=True) for count in (1, 8, 80)] == [2.0, 2.0, 2.0], "more tokens never take less"
+    assert noisy.of(1, single=False) == 1.0
+
+
+def test_a_processor_that_is_the_device_copies_itself():
+    on_cpu = replace(MACHINE, on_cpu=True)
+    busy = pass_cost(
+        make_plan_of(host_nbytes=50 * 10**9), on_cpu, flops=100e12, weight_nbytes=0, layers_seconds=0.5
+    ).busy
+    assert (busy[COMPUTING], busy[HOST_TO_DEVICE]) == (2.5, 1.0)
+
+
+def test_expanding_what_is_packed_takes_the_device_s_memory():
+    plan = replace(make_plan_of(), expanded_nbytes=10**12)
+    assert pass_cost(plan, MACHINE, flops=100e12, weight_nbytes=0).busy[COMPUTING] == 1.0 + EXPANDING
 
 
 def test_keys_and_values_on_nvme():
