@@ -296,6 +296,10 @@ class KVStore:
         self._reserved += reserved
         self._peak = max(self._peak, self._reserved)
 
+    def assume(self, sequence: Hashable, *, num_tokens: int) -> None:
+        """Let a sequence have tokens that were never stored: whatever lies there serves a rehearsal."""
+        self._sequences[sequence].filled = num_tokens
+
     def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
         """Reserve more for a sequence: `num_tokens` tokens in all. False, and no more, if too few blocks are free."""
         if not self.can_extend(sequence, num_tokens=num_tokens):
