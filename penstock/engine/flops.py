@@ -9,7 +9,6 @@ needs; code that does more, such as masked scores, is not credited for it.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -133,15 +132,24 @@ def _matrices(layer: Iterable[Parameter]) -> Iterator[Parameter]:
 
 
 def _per_pair(config: Any, num_layers: int) -> dict[int | None, int]:
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return {}
-    query = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "qk_nope_head_dim", None):
-        query = config.qk_nope_head_dim + config.qk_rope_head_dim
-    value = getattr(config, "v_head_dim", None) or query
-    layers = Counter(attention_windows(config, num_layers).values())
-    return {window: 2 * heads * (query + value) * count for window, count in layers.items()}
+    flops: dict[int | None, int] = {}
+    for layer, window in attention_windows(config, num_layers).items():
+        own = _config_of(config, layer)
+        heads = getattr(own, "num_attention_heads", None)
+        if not heads:
+            continue
+        query = getattr(own, "head_dim", None) or own.hidden_size // heads
+        if getattr(own, "qk_nope_head_dim", None):
+            query = own.qk_nope_head_dim + own.qk_rope_head_dim
+        value = getattr(own, "v_head_dim", None) or query
+        flops[window] = flops.get(window, 0) + 2 * heads * (query + value)
+    return flops
+
+
+def _config_of(config: Any, layer: int) -> Any:
+    """Return the config of one layer, where what differs between layers is no attribute of the whole one."""
+    every = getattr(config, "per_layer_config", None)
+    return every[layer] if every else config
 
 
 def attention_windows(config: Any, num_layers: int) -> dict[int, int | None]:

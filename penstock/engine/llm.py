@@ -251,8 +251,13 @@ class LLM:
                 usual = make_plan(self._shape, known, limits)
             except BudgetError:  # the planner may find another one
                 return
-            options = {"num_tokens": usual.micro_batch_tokens, "free_nbytes": usual.kv_nbytes}
-            self._layer_times = layer_times(self._model, self._executor, **options)
+            self._layer_times = layer_times(
+                self._model,
+                self._executor,
+                num_tokens=usual.micro_batch_tokens,
+                free_nbytes=usual.kv_nbytes,
+                keeps_states=self._shape.keeps_states,
+            )
         else:
             self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
 

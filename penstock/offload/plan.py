@@ -71,7 +71,8 @@ class ModelShape:
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
     `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens, and `kv_layers` are the parts of all
-    layers that keep any. Layers that are `packed_on_load` are in no file, and cannot be left on NVMe.
+    layers that keep any. With `keeps_states`, a sequence has states of recurrent mixers. Layers that are
+    `packed_on_load` are in no file, and cannot be left on NVMe.
     """
 
     resident_nbytes: int
@@ -87,6 +88,7 @@ class ModelShape:
     kept_nbytes: tuple[int, ...] = ()
     packed_on_load: bool = False
     kv_layers: tuple[int, ...] = ()
+    keeps_states: bool = False
 
     @property
     def kv_cost(self) -> KVCost:
