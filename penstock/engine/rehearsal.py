@@ -50,10 +50,10 @@ _KNOWN_TOKENS = 64
 """What each of them has besides."""
 
 _TIMED_LAYERS = 2
-_TIMED_PASSES, _TIMED_SECONDS = 5, 0.2
+_TIMED_PASSES, _TIMED_SECONDS = 4, 0.1
 """The least of so many passes counts, or of those that fit the time: whatever disturbs one makes it slower."""
 
-_CACHES_NBYTES = 128 << 20
+_CACHES_NBYTES = 64 << 20
 """Who has written so much finds nothing else in the caches."""
 
 _PASSES = 4

@@ -13,6 +13,7 @@ BASE: dict[str, Any] = {
 MHA = {**BASE, "num_key_value_heads": NH}
 HEAD = {**BASE, "head_dim": D}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+EXPERT = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 ROUTED = {
     "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
@@ -177,12 +178,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
              "max_position_embeddings": 256, **TOKENS},
     # transformers zeroes the padding token's row when it loads this one
     "youtu": {**MLA, "pad_token_id": None},
-    "zaya": HEAD,
+    "zaya": {**HEAD, "moe_intermediate_size": 32, "router_hidden_size": 32},
     "biogpt": {**MHA},
     "ctrl": {"n_embd": H, "n_layer": L, "n_head": NH, "vocab_size": V, "n_positions": 256, "dff": I},
-    "kolibri1": HEAD,
-    "lfm3": {**BASE},
-    "flint": BASE,
+    "kolibri1": {**HEAD, **LOCAL, **EXPERT, "sliding_window": 24},
+    "lfm3": {**BASE, "sliding_window": 24},
+    "flint": {**HEAD, **MOE, **EXPERT, "sliding_window": 24},
     "bailing_hybrid": {**MLA, **MOE, "n_group": 1, "topk_group": 1,
                        "layer_types": ["linear_attention", "full_attention"] * 2},
     "axk1": {**MLA, **ROUTED},
