@@ -234,12 +234,13 @@ def test_a_run_is_that_of_a_packed_model(tmp_path, codec, device):
         assert moved.transfer_seconds > 0
     if codec == "exact":
         assert found == generate(DEFAULT_MODEL, None, "40MiB", device)[0]
-    resident, mine, report = generate(DEFAULT_MODEL, codec, "0", device, memory="18MiB", layers=12)
+    resident, mine, report = generate(DEFAULT_MODEL, codec, "4MiB", device, memory="18MiB", layers=12)
     assert resident == wanted
     assert mine.device_packed
-    assert mine.layers_in(Tier.DEVICE) == tuple(range(12))
-    assert report.traffic.device_bytes == report.traffic.transfer_seconds == 0
-    assert report.traffic.host_stall_seconds == report.traffic.disk_stall_seconds == 0
+    if codec != "exact":  # of which a GPU's slots leave room for fewer
+        assert mine.layers_in(Tier.DEVICE) == tuple(range(12))
+        assert report.traffic.device_bytes == report.traffic.transfer_seconds == 0
+        assert report.traffic.host_stall_seconds == report.traffic.disk_stall_seconds == 0
     assert report.as_dict()["plan"]["device_packed"]
 
 
