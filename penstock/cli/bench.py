@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from penstock.engine.report import Progress
     from penstock.io.checkpoint import Checkpoint
     from penstock.io.settings import ReadSettings
+    from penstock.offload.hardware import HardwareProfile
     from penstock.offload.peaks import Peaks
 
 __all__ = ["SHAPES", "add_to", "measure_all"]
@@ -96,17 +97,19 @@ def measure_all(every: Sequence[argparse.Namespace]) -> Iterator[BenchReport]:
         from penstock.engine.budget import find_device  # noqa: PLC0415
 
     for one in every:  # what is wrong is said before anything takes its time
-        asked_codec(one), tiers_of(one), _workload(one)
-    progress = ProgressLine()
+        for look in (asked_codec, tiers_of, _workload):
+            look(one)
+    profile, progress = stored_profile(), ProgressLine()
     with _checkpoint(first, progress) as checkpoint:
         peaks = bench.measure_peaks(
             max(checkpoint.files, key=lambda file: file.nbytes),
             device=find_device(first.device),
-            settings=_settings(first),
+            settings=_settings(first, profile),
             on_step=lambda step: progress.show(f"measuring {step}"),
         )
         for one in every:
-            report = _measure(one, checkpoint, peaks, progress)
+            hardware = peaks if one.plan_measured else profile
+            report = _measure(one, checkpoint, peaks, progress, hardware=hardware, io=_settings(one, profile))
             progress.clear()
             yield report
 
@@ -117,9 +120,9 @@ def _workload(options: argparse.Namespace) -> Workload:
     return Workload(options.prompt_len, options.gen_len, options.batch_size, options.seed)
 
 
-def _settings(options: argparse.Namespace) -> ReadSettings:
+def _settings(options: argparse.Namespace, profile: HardwareProfile | None) -> ReadSettings:
     made_here = options.shape or options.dummy
-    return read_settings(options, options.scratch if made_here else options.model, stored_profile())
+    return read_settings(options, options.scratch if made_here else options.model, profile)
 
 
 @contextmanager
@@ -143,7 +146,9 @@ def _checkpoint(options: argparse.Namespace, progress: ProgressLine) -> Iterator
         yield checkpoint
 
 
-def _measure(options: argparse.Namespace, checkpoint: Checkpoint, peaks: Peaks, progress: ProgressLine) -> BenchReport:
+def _measure(
+    options: argparse.Namespace, checkpoint: Checkpoint, peaks: Peaks, progress: ProgressLine, **settings: Any
+) -> BenchReport:
     from penstock.engine import bench  # noqa: PLC0415
     from penstock.engine.llm import LLM  # noqa: PLC0415
 
@@ -160,17 +165,16 @@ def _measure(options: argparse.Namespace, checkpoint: Checkpoint, peaks: Peaks, 
         micro_batch_tokens=options.micro_batch_tokens,
         pass_tokens=options.pass_tokens,
         device_layers=options.device_layers,
-        io=_settings(options),
         compile=options.compile,
         on_load=lambda done, total: progress.show(f"loading {format_size(done)} of {format_size(total)}"),
         checkpoint=checkpoint,
         trace=trace,
         kernel_directory=kernel_directory(),
-        hardware=peaks if options.plan_measured else stored_profile(),
         expects=workload.lengths(),
         objective=options.objective,
         codec=asked_codec(options),
         kv_scratch=options.kv_scratch or (options.scratch if options.shape or options.dummy else None),
+        **settings,
     ) as llm:
 
         def show(state: Progress) -> None:
