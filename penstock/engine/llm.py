@@ -256,7 +256,6 @@ class LLM:
                 self._executor,
                 num_tokens=usual.micro_batch_tokens,
                 free_nbytes=usual.kv_nbytes,
-                keeps_states=self._shape.keeps_states,
             )
         else:
             self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)

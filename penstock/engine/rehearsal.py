@@ -91,7 +91,6 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
         held_nbytes=-(-watch.held // NUM_TOKENS),
         kv_token_nbytes=cost.token_nbytes,
         kv_sequence_nbytes=cost.sequence_nbytes + 2 * row,
-        keeps_states=cost.sequence_nbytes > 0,
         kv_windows=windows,
         kv_dtype=kv_dtype,
         kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
@@ -164,35 +163,36 @@ def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | Non
     return max(least / len(model.layers) - reading, 0.0)
 
 
-def layer_times(
-    model: StreamedModel, executor: Executor, *, num_tokens: int, free_nbytes: int, keeps_states: bool
-) -> LayerTimes:
+def layer_times(model: StreamedModel, executor: Executor, *, num_tokens: int, free_nbytes: int) -> LayerTimes:
     """Measure what a layer takes the CPU, for single tokens and for prompts of up to `num_tokens` tokens.
 
     That is the faster of the first two layers, of which nothing is in the caches: `free_nbytes` may be taken to make
-    sure of that. `keeps_states` tells a model with recurrent mixers. Takes some seconds for layers of gigabytes.
+    sure of that. Takes some seconds for layers of gigabytes.
     """
     _, weights = _bind_to_zeros(model)
     weights.zero_()  # pages that were never written are all the same one
     executor.weights = timed = _Timed(min(_CACHES_NBYTES, free_nbytes))
 
+    def run(*spans: Span) -> KVStore:
+        kv = KVStore(device=model.device)
+        for span in spans:
+            kv.acquire(span.sequence, num_tokens=span.end)
+            kv.assume(span.sequence, num_tokens=span.start)
+        with suppress(_EnoughError):
+            _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
+        return kv
+
     def measure(*spans: Span) -> tuple[int, float]:
         timed.seconds.clear()
         for _ in range(_TIMED_PASSES):
-            kv = KVStore(device=model.device)
-            for span in spans:
-                kv.acquire(span.sequence, num_tokens=span.end)
-                kv.assume(span.sequence, num_tokens=span.start)
-            batch = MicroBatch(spans, kv, MAX_SCORES)
-            with suppress(_EnoughError):
-                _run(model, executor, batch)
+            run(*spans)
             if sum(timed.seconds) > _TIMED_SECONDS:
                 break
-        return batch.num_tokens, min(timed.seconds)
+        return sum(span.length for span in spans), min(timed.seconds)
 
     most = min(num_tokens, model.context_length or num_tokens)
+    keeps_states = run(Span(0, 0, 1)).measure().sequence_nbytes > 0  # the first call of all takes longer, too
     known = 0 if keeps_states else min(_KNOWN_TOKENS, most - 1)  # a state is of tokens that were there
-    measure(Span(0, 0, 1))  # what the first call of all takes
     return LayerTimes(
         singles=tuple(measure(*(Span(number, known, 1) for number in range(count))) for count in _SINGLES),
         prompts=tuple(measure(Span(0, 0, count)) for count in sorted({max(most // 8, 2), max(most, 2)})),

@@ -10,15 +10,7 @@ from penstock.errors import BudgetError
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.tiers import MemoryTiers, Tier, format_size
 
-__all__ = [
-    "SCORE_NBYTES",
-    "ModelShape",
-    "PassLimits",
-    "Plan",
-    "WindowLayer",
-    "make_plan",
-    "window_workspace",
-]
+__all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "make_plan", "window_workspace"]
 
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""
@@ -71,8 +63,7 @@ class ModelShape:
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
     `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens, and `kv_layers` are the parts of all
-    layers that keep any. With `keeps_states`, a sequence has states of recurrent mixers. Layers that are
-    `packed_on_load` are in no file, and cannot be left on NVMe.
+    layers that keep any. Layers that are `packed_on_load` are in no file, and cannot be left on NVMe.
     """
 
     resident_nbytes: int
@@ -88,7 +79,6 @@ class ModelShape:
     kept_nbytes: tuple[int, ...] = ()
     packed_on_load: bool = False
     kv_layers: tuple[int, ...] = ()
-    keeps_states: bool = False
 
     @property
     def kv_cost(self) -> KVCost:
@@ -226,8 +216,8 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
 
     A model whose layers take at most 4/5 of what the resident unit and the workspace leave stays on the device. Else
     layers get half of what the slots leave, where they rest packed if they are, and keys and values all the rest. In
-    host RAM `tiers.kv_host` comes first,
-    and what keys and values of `tiers.kv_nvme` are read into; without `kv_host` layers do.
+    host RAM `tiers.kv_host` comes first, and what keys and values of `tiers.kv_nvme` are read into; without `kv_host`
+    layers do.
     """
     assert tiers.device is not None
     assert tiers.host is not None
