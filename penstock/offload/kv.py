@@ -98,7 +98,7 @@ class Places:
 
         None of them, where sequences are scattered or have few new tokens each.
         """
-        if None in self.firsts or self.offsets[-1] < RUN_TOKENS * len(self.ends):
+        if self.offsets[-1] < RUN_TOKENS * len(self.ends) or None in self.firsts:
             return ()
         borders = zip(self.firsts, self.ends, pairwise(self.offsets), strict=True)
         return tuple((begin, end, (first or 0) + filled - (end - begin)) for first, filled, (begin, end) in borders)
