@@ -58,25 +58,30 @@ def result_file(path: str) -> Iterator[ResultFile]:
         yield ResultFile(stream, path)
 
 
+TERMINAL_SECONDS, LOG_SECONDS = 0.1, 10.0
+
+
 class ProgressLine:
-    """A line on a terminal that is written over; nothing at all where stderr is not one."""
+    """A line that is written over where stderr is a terminal; in a log now and then a line, with the seconds so far."""
 
     def __init__(self) -> None:
         self._stream = sys.stderr
-        self._shown = self._stream.isatty()
-        self._last = 0.0
+        self._on_terminal = self._stream.isatty()
+        self._began = time.monotonic()
+        self._next = 0.0 if self._on_terminal else self._began + LOG_SECONDS
 
     def show(self, text: str) -> None:
-        """Show `text`, at most ten times a second."""
+        """Show `text`, at most ten times a second on a terminal and every ten seconds in a log."""
         now = time.monotonic()
-        if self._shown and now - self._last > 0.1:
-            self._last = now
-            self._stream.write(f"\r\x1b[K{text}")
-            self._stream.flush()
+        if now < self._next:
+            return
+        self._next = now + (TERMINAL_SECONDS if self._on_terminal else LOG_SECONDS)
+        self._stream.write(f"\r\x1b[K{text}" if self._on_terminal else f"[{now - self._began:.0f} s] {text}\n")
+        self._stream.flush()
 
     def clear(self) -> None:
-        """Take the line away."""
-        if self._shown and self._last:
+        """Take the line away from a terminal."""
+        if self._on_terminal and self._next:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 
