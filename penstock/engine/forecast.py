@@ -258,12 +258,19 @@ class _Costs:
             flops=flops,
             layers_seconds=layers,
             weight_nbytes=weights + self._seen(chain.from_iterable(device)),
-            num_calls=len(batches) * len(self.plan.tiers),
+            num_calls=0 if self._is_recorded(device, hosted) else len(batches) * len(self.plan.tiers),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
             stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,
             disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
+
+    def _is_recorded(self, device: Batches, hosted: Batches) -> bool:
+        """Whether a GPU plays a pass by itself (`engine/recorder.py`), of a model that is likely to be recorded."""
+        if self.machine.on_cpu or hosted or len(device) != 1 or self.kept.windows or self.kept.sequence_nbytes:
+            return False
+        few = len(device[0]) <= self.plan.recorded_rows
+        return few and not self.model.expert_nbytes and all(span.length == 1 for span in device[0])
 
     def _layers(self, batches: Batches) -> float:
         """Return what the layers take for all micro-batches, where that has been measured; else 0."""

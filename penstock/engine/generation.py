@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterable
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -13,6 +14,7 @@ from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.detokenizer import Detokenizer, Tokenizer, find_stop
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
+from penstock.engine.recorder import PassRecorder
 from penstock.engine.report import Progress, Traffic
 from penstock.engine.sampler import Sampler, Token, check_finite
 from penstock.engine.scheduler import Schedule, Scheduler
@@ -23,12 +25,33 @@ from penstock.offload.tiers import Tier
 __all__ = ["Generation"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What goes into a micro-batch's forward: token ids [T], the tokens `keep` [K] whose logits choose the next ones.
+
+    Of the tokens at `rows` [R], the ones after them, `targets` [R], are scored, each for its owner.
+    """
+
+    batch: MicroBatch
+    token_ids: Tensor
+    keep: Tensor
+    rows: Tensor
+    targets: Tensor
+    owners: list[Sequence]
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether these are the next tokens of some sequences and nothing else."""
+        return not self.owners and len(self.keep) == len(self.batch.spans) == self.batch.num_tokens
+
+
 class Generation:
     """One run over some sequences.
 
     Those of a list are all queued, or refused, at once; any other iterable is read when there is room for the next.
-    `score_rows` is how many rows of logits are in memory at once while tokens are scored. `on_pass` is called after
-    each pass, when its finished sequences have been taken; what it raises ends the run.
+    `score_rows` is how many rows of logits are in memory at once while tokens are scored. Passes that only decode go to
+    the `recorder`, if there is one, first. `on_pass` is called after each pass, when its finished sequences have been
+    taken; what it raises ends the run.
     """
 
     def __init__(
@@ -44,6 +67,7 @@ class Generation:
         end_ids: Collection[int],
         max_scores: int,
         score_rows: int,
+        recorder: PassRecorder | None = None,
         on_pass: Callable[[Progress], None] | None = None,
         traffic: Callable[[], Traffic],
     ) -> None:
@@ -56,6 +80,7 @@ class Generation:
         self._end_ids = frozenset(end_ids)
         self._max_scores = max_scores
         self._score_rows = score_rows
+        self._recorder = recorder
         self._on_pass = on_pass
         self._traffic = traffic
         self._texts: dict[int, Detokenizer] = {}
@@ -108,7 +133,7 @@ class Generation:
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Run one pass; return the sequences that got a token, or the last of their scores."""
         scores: list[tuple[list[Sequence], Tensor]] = []
-        logits = self._executor.run_pass([self._forward(spans, scores) for spans in schedule.micro_batches])
+        logits = self._run_pass([self._inputs(spans) for spans in schedule.micro_batches], scores)
         self.num_passes += 1
         self._homes.check_integrity()
         self._count_tokens(schedule)
@@ -140,10 +165,16 @@ class Generation:
         """How often a sequence gave its memory to an older one."""
         return self._scheduler.num_preemptions
 
-    def _forward(
-        self, spans: tuple[Span, ...], scores: list[tuple[list[Sequence], Tensor]]
-    ) -> tuple[MicroBatch, Callable[[], Tensor]]:
-        """Return a micro-batch and its forward, which adds to `scores` whose tokens it has scored, and how."""
+    def _run_pass(self, inputs: list[_Inputs], scores: list[tuple[list[Sequence], Tensor]]) -> list[Tensor]:
+        """Return the logits of each micro-batch; add to `scores` whose tokens have been scored, and how."""
+        if self._recorder is not None and len(inputs) == 1 and inputs[0].only_decodes:
+            logits = self._recorder.run(inputs[0].batch, inputs[0].token_ids)
+            if logits is not None:
+                return [logits]
+        return self._executor.run_pass([(one.batch, self._forward(one, scores)) for one in inputs])
+
+    def _inputs(self, spans: tuple[Span, ...]) -> _Inputs:
+        """Return the micro-batch of some spans, and its tokens on the device."""
         batch = MicroBatch(spans, self._homes.store_of(spans[0].sequence), self._max_scores)
         tokens: list[int] = []
         keep: list[int] = []
@@ -162,17 +193,26 @@ class Generation:
             elif span.end == sequence.num_tokens:
                 keep.append(len(tokens) - 1)
         token_ids, keep_ids, row_ids, target_ids = map(self._to_device, (tokens, keep, rows, targets))
+        return _Inputs(batch, token_ids, keep_ids, row_ids, target_ids, owners)
+
+    def _forward(self, inputs: _Inputs, scores: list[tuple[list[Sequence], Tensor]]) -> Callable[[], Tensor]:
+        """Return a micro-batch's forward."""
 
         def forward() -> Tensor:
-            if not rows:
-                return self._model.forward(batch, token_ids, keep_ids)
+            if not inputs.owners:
+                return self._model.forward(inputs.batch, inputs.token_ids, inputs.keep)
             logits, scored = self._model.score(
-                batch, token_ids, keep_ids, row_ids, target_ids, rows_at_once=self._score_rows
+                inputs.batch,
+                inputs.token_ids,
+                inputs.keep,
+                inputs.rows,
+                inputs.targets,
+                rows_at_once=self._score_rows,
             )
-            scores.append((owners, scored))
+            scores.append((inputs.owners, scored))
             return logits
 
-        return batch, forward
+        return forward
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)

@@ -31,6 +31,7 @@ from penstock.engine.outputs import RequestOutput, ScoreOutput
 from penstock.engine.planner import Objective
 from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
+from penstock.engine.recorder import CudaGraphs, PassRecorder
 from penstock.engine.rehearsal import call_seconds, layer_times, rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
@@ -205,6 +206,7 @@ class LLM:
         shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype)
         self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
+        self._is_recorded = self._device.type == "cuda" and reason is None
         if reason is not None:
             self._compiler.leave_eager(reason)
             return shape
@@ -327,6 +329,10 @@ class LLM:
         self._planned_nbytes += self._weights.host_nbytes
         self._executor.parked_tokens = self.plan.micro_batch_tokens
         self._executor.traced = self._weights.traced if trace else None
+        self._recorder: PassRecorder | None = None
+        if self._is_recorded and self.plan.recorded_rows and trace is None:
+            options = {"most_rows": self.plan.recorded_rows, "record": CudaGraphs(self._device)}
+            self._recorder = PassRecorder(self._model, self._executor, **options)
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
@@ -452,6 +458,7 @@ class LLM:
             end_ids=self._end_ids,
             max_scores=self.plan.max_scores,
             score_rows=self._score_rows(),
+            recorder=self._recorder,
             on_pass=on_pass,
             traffic=lambda: self._traffic() - before,
         )
@@ -556,6 +563,7 @@ class LLM:
         """Give back all memory, descriptors and threads; later calls raise ClosedError."""
         if not self._closed:
             self._closed = True
+            self._recorder = None
             self._exit.close()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

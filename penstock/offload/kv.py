@@ -247,6 +247,11 @@ class KVStore:
         """Bytes of all blocks."""
         return self._allocator.num_blocks * self._cost.block_nbytes
 
+    @property
+    def pool(self) -> tuple[int, int]:
+        """Where the blocks lie in memory, and how many there are: each layer's rows stay there while these do."""
+        return (0 if self._pool is None else self._pool.data_ptr()), self._allocator.num_blocks
+
     def limit(self, nbytes: int) -> None:
         """Give the blocks back and set another limit; `prepare` then divides it. No sequence may be running."""
         assert not self._sequences, "blocks that are in use stay"

@@ -172,6 +172,14 @@ class Plan:
         slots = self.num_slots * self.slot_nbytes
         return self.resident_nbytes + slots + self.device_layer_nbytes + self.workspace_nbytes + self.kv_nbytes
 
+    @property
+    def recorded_rows(self) -> int:
+        """The most sequences of a decode pass that a GPU records and plays again: none where layers move.
+
+        More than so many keep a GPU busy anyway, and so few take an eighth of the workspace besides it.
+        """
+        return 0 if self.num_slots else self.micro_batch_tokens // 8
+
     def layers_in(self, tier: Tier) -> tuple[int, ...]:
         """Return the indices of the layers that live in `tier`."""
         return tuple(index for index, where in enumerate(self.tiers) if where == tier)

@@ -87,6 +87,20 @@ class _Slot:
         return self.cycle[(self.cycle.index(layer) + 1) % len(self.cycle)]
 
 
+def _cycles(streamed: Sequence[int], packed: Sequence[int], num_slots: int) -> list[Sequence[int]]:
+    """Return which layers take turns in each slot.
+
+    Layers that come from elsewhere have slots of their own, where there are enough: two serve those that rest packed
+    on the device, so that a copy has all the time until its layer's turn, and not that of a layer or two.
+    """
+    moved = [index for index in streamed if index not in packed]
+    others = min(num_slots - 2, len(moved))
+    here = num_slots - others
+    if others < 1 or here > len(packed):
+        return [streamed[number::num_slots] for number in range(num_slots)]
+    return [packed[number::here] for number in range(here)] + [moved[number::others] for number in range(others)]
+
+
 class WeightStream:
     """Streams a planned model's layers; a `WeightSource`, and a context manager.
 
@@ -147,8 +161,8 @@ class WeightStream:
         self._own = {index: self._allocate(self._layouts[index].parameter_nbytes, cleanup) for index in whole}
         streamed = [index for index in range(len(self._layouts)) if index not in self._own]
         self._slots = [
-            _Slot(self._allocate(plan.slot_nbytes, cleanup), streamed[number :: plan.num_slots])
-            for number in range(plan.num_slots)
+            _Slot(self._allocate(plan.slot_nbytes, cleanup), cycle)
+            for cycle in _cycles(streamed, self._packed, plan.num_slots)
         ]
         self._slot_of = {index: slot for slot in self._slots for index in slot.cycle}
         pin = self._device.type == "cuda"

@@ -11,7 +11,7 @@ from penstock.errors import ClosedError, FileChangedError, PenstockError
 from penstock.io.checkpoint import Checkpoint
 from penstock.io.settings import ReadSettings
 from penstock.offload.source import read_unit
-from penstock.offload.stream import WeightStream
+from penstock.offload.stream import WeightStream, _cycles
 from penstock.offload.tiers import Tier
 
 
@@ -180,3 +180,18 @@ def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected,
         after = stream.statistics()
     assert after.disk.bytes_read == read.disk.bytes_read
     assert after.device_bytes - read.device_bytes == sum(2 * layout.wire_nbytes for layout in aliased)
+
+
+@pytest.mark.parametrize(
+    ("streamed", "packed", "num_slots", "cycles"),
+    [
+        ([0, 1, 2, 3, 4], [], 2, [[0, 2, 4], [1, 3]]),
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], 3, [[0, 3], [1, 4], [2]]),
+        ([0, 1, 2, 3, 4], [0, 1, 3, 4], 2, [[0, 2, 4], [1, 3]]),
+        ([0, 1, 2, 3, 4], [0, 1, 3, 4], 3, [[0, 3], [1, 4], [2]]),
+        ([0, 1, 2, 3, 4, 5], [1, 3], 4, [[1], [3], [0, 4], [2, 5]]),
+        ([0, 1, 2], [0], 3, [[0], [1], [2]]),
+    ],
+)
+def test_layers_that_come_from_elsewhere_have_slots_of_their_own(streamed, packed, num_slots, cycles):
+    assert _cycles(streamed, packed, num_slots) == cycles

@@ -131,7 +131,7 @@ class StreamedModel:
     def _inputs_of(self, batch: MicroBatch, token_ids: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": token_ids[None], "use_cache": False, **self._inputs}
         if "position_ids" in self._accepts:
-            inputs["position_ids"] = positions_of(batch, self.device)[None]
+            inputs["position_ids"] = batch.places.positions.to(self.device, non_blocking=True)[None]
         return inputs
 
     def _bind(self, layout: Layout, buffer: Tensor) -> None:
@@ -144,11 +144,6 @@ class StreamedModel:
                     owner._parameters[leaf] = value
                 else:
                     owner._buffers[leaf] = value.data
-
-
-def positions_of(batch: MicroBatch, device: torch.device) -> Tensor:
-    """Return the positions [T] of a micro-batch's tokens in their sequences."""
-    return torch.cat([torch.arange(span.start, span.end) for span in batch.spans]).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
