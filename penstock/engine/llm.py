@@ -31,7 +31,7 @@ from penstock.engine.outputs import RequestOutput, ScoreOutput
 from penstock.engine.planner import Objective
 from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
-from penstock.engine.recorder import CudaGraphs, PassRecorder
+from penstock.engine.recorder import PassRecorder
 from penstock.engine.rehearsal import call_seconds, layer_times, rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
@@ -56,6 +56,7 @@ from penstock.offload.buffers import check_decoders
 from penstock.offload.codec import CodecName, PackOptions
 from penstock.offload.cost import LayerTimes, Machine
 from penstock.offload.disk_kv import DiskRoom
+from penstock.offload.graphs import CudaGraphs
 from penstock.offload.groups import open_kv
 from penstock.offload.hardware import HardwareProfile
 from penstock.offload.homes import KVHomes

@@ -27,7 +27,7 @@ from penstock.engine.model.build import StreamedModel
 from penstock.offload.blocks import BLOCK_TOKENS
 from penstock.offload.kv import KVStore, Places, Singles
 
-__all__ = ["CudaGraphs", "PassRecorder"]
+__all__ = ["PassRecorder"]
 
 LENGTH_STEP = 512
 """Tokens to which lengths are rounded up: those of a part of a sequence in the kernel for blocks, of which one more
@@ -38,37 +38,6 @@ MAX_RECORDINGS = 8
 Issue = Callable[[], Tensor]
 
 logger = logging.getLogger("penstock.engine")
-
-
-class CudaGraphs:
-    """Records what is issued to CUDA. All recordings share their memory, for they run one after the other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def __call__(self, issue: Issue) -> Issue:
-        """Record, without running anything; return what runs it and returns the same tensor each time."""
-        graph = torch.cuda.CUDAGraph()
-        _forget_workspaces()  # those of the libraries, which would be taken from the recording and never given back
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                made = issue()
-            finally:
-                graph.capture_end()
-        _forget_workspaces()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return made
-
-        return replay
-
-
-def _forget_workspaces() -> None:
-    torch._C._cuda_clearCublasWorkspaces()
 
 
 class PassRecorder:

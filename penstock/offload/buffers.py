@@ -12,7 +12,7 @@ from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout, View
 from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["DTYPES", "check_decoders", "convert", "dtype_name", "expand", "view_of"]
+__all__ = ["DTYPES", "can_record", "check_decoders", "convert", "dtype_name", "expand", "view_of"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -54,6 +54,12 @@ def check_decoders(layouts: Iterable[Layout], device: torch.device) -> None:
     if any(one.coding.codec == "exact-ans" for layout in layouts for one in layout.expansions
            if isinstance(one.coding, Coding)):  # fmt: skip
         ans.check_usable(device)
+
+
+def can_record(layout: Layout) -> bool:
+    """Whether `convert` only launches decoders of our own on CUDA, which take no memory; there is something to do."""
+    forms = {one.coding.codec for one in layout.expansions if isinstance(one.coding, Coding)}
+    return bool(layout.expansions) and not layout.conversions and forms <= {"exact", "int8", "int4"}
 
 
 def convert(layout: Layout, buffer: Tensor, *, rehearsed: bool = False) -> None:

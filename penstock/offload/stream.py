@@ -377,7 +377,7 @@ class WeightStream:
                     self._copies.copy(place, self._rest[index])
                 else:
                     self._bring(index, place)
-            arrived.set_result(self._copies.expand(layout, slot.buffer))
+            arrived.set_result(self._copies.expand(layout, slot.buffer, often=True))
         except BaseException as error:
             arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
             if not isinstance(error, Exception):

@@ -1,5 +1,6 @@
 """On CUDA, nothing inside a pass waits for the device."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from penstock import LLM, MemoryTiers, SamplingParams
 from penstock.engine.executor import Executor
+from penstock.engine.recorder import PassRecorder
 from penstock.offload.blocks import BLOCK_TOKENS
 from penstock.offload.plan import make_plan
 
@@ -20,6 +22,16 @@ def few_on_the_device(shape, *limits):
     """Leave the device room for four blocks of keys and values."""
     nbytes = 8 * shape.kv_sequence_nbytes + 4 * BLOCK_TOKENS * shape.kv_token_nbytes
     return replace(make_plan(shape, *limits), kv_nbytes=nbytes)
+
+
+@contextmanager
+def not_waiting():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +49,18 @@ def test_passes_of_prefill_and_decode_never_wait(
     prompts = [[5 + number] * length for number, length in enumerate((1, 40, 9, 3, 90))]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (20, 3, 9, 14, 6)]
     passes = []
-    run_pass = Executor.run_pass
+    run_pass, run_recorded = Executor.run_pass, PassRecorder.run
 
     def watched(self, batches):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with not_waiting():
             result = run_pass(self, batches)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         passes.append(max(span.length for batch, _ in batches for span in batch.spans))
+        return result
+
+    def watched_recorded(self, batch, token_ids):
+        with not_waiting():
+            result = run_recorded(self, batch, token_ids)
+        passes.append(1)
         return result
 
     tiers = MemoryTiers(device="40MiB", host="4MiB" if hosted else 0, kv_host="4MiB" if hosted else 0)
@@ -55,6 +70,7 @@ def test_passes_of_prefill_and_decode_never_wait(
     with LLM(tiny_llama, tiers=tiers, device="cuda", dtype="bfloat16", **options) as llm:
         first = llm.generate(prompts, params)
         monkeypatch.setattr(Executor, "run_pass", watched)
+        monkeypatch.setattr(PassRecorder, "run", watched_recorded)
         second = llm.generate(prompts, params)
     assert [one.outputs for one in first] == [one.outputs for one in second]
     assert (llm.last_run.peak_hosted > 0) == hosted

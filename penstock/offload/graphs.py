@@ -1,0 +1,47 @@
+"""Work for a GPU that is issued again and again with the same addresses: recorded once, then one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+__all__ = ["CudaGraphs"]
+
+T = TypeVar("T")
+
+
+class CudaGraphs:
+    """Records what is issued to CUDA. All recordings share their memory: no two may run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, issue: Callable[[], T]) -> Callable[[], T]:
+        """Record what `issue` issues, which runs nothing; return what runs it on the stream that is current then.
+
+        It returns what `issue` has returned. What is recorded must have run once: some code is made, or loaded, when
+        it first runs. Raises RuntimeError for what waits for the device.
+        """
+        graph = torch.cuda.CUDAGraph()
+        _forget_workspaces()  # those of the libraries, which would be taken from the recording and never given back
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                made = issue()
+            finally:
+                graph.capture_end()
+        _forget_workspaces()
+
+        def replay() -> T:
+            graph.replay()
+            return made
+
+        return replay
+
+
+def _forget_workspaces() -> None:
+    torch._C._cuda_clearCublasWorkspaces()
