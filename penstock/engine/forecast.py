@@ -258,19 +258,28 @@ class _Costs:
             flops=flops,
             layers_seconds=layers,
             weight_nbytes=weights + self._seen(chain.from_iterable(device)),
-            num_calls=0 if self._is_recorded(device, hosted) else len(batches) * len(self.plan.tiers),
+            num_calls=0 if self.recording(device, hosted) else len(batches) * len(self.plan.tiers),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
             stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,
             disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
 
-    def _is_recorded(self, device: Batches, hosted: Batches) -> bool:
-        """Whether a GPU plays a pass by itself (`engine/recorder.py`), of a model that is likely to be recorded."""
-        if self.machine.on_cpu or hosted or len(device) != 1 or self.kept.windows or self.kept.sequence_nbytes:
-            return False
-        few = len(device[0]) <= self.plan.recorded_rows
-        return few and not self.model.expert_nbytes and all(span.length == 1 for span in device[0])
+    def recording(self, device: Batches, hosted: Batches) -> tuple[int, int] | None:
+        """Return what a pass is recorded for where a GPU plays it by itself (`engine/recorder.py`), else None.
+
+        Whether a model lets itself be recorded shows when it runs; most do, but those with windows or experts may not.
+        """
+        if self.machine.on_cpu or hosted or len(device) != 1 or self.kept.windows or self.model.expert_nbytes:
+            return None
+        (batch,) = device
+        if any(span.length > 1 for span in batch):
+            return None
+        return self.plan.recording(len(batch), max(span.end for span in batch))
+
+    def making(self) -> float:
+        """Seconds that a recording takes at first: it is issued twice, once to run and once to be recorded."""
+        return 2 * len(self.plan.tiers) * self.machine.call_seconds
 
     def _layers(self, batches: Batches) -> float:
         """Return what the layers take for all micro-batches, where that has been measured; else 0."""
@@ -308,6 +317,7 @@ class _Tally:
         self._peak = 0
         self._ended = 0
         self._ended_seconds = 0.0
+        self._recordings: set[tuple[int, int]] = set()
 
     def run(self, scheduler: Scheduler, max_passes: int) -> Forecast:
         while len(self._seconds) <= max_passes:
@@ -318,6 +328,7 @@ class _Tally:
             ready = scheduler.computed(schedule)
             cost = self._cost_of(schedule.micro_batches, rows=len(ready))
             self._add(cost, generated=len(ready))
+            self._record(schedule.micro_batches)
             self._append(scheduler, ready, 1)
             if len(ready) == len(scheduler.running) == schedule.num_tokens:
                 self._skip(scheduler, schedule.micro_batches, cost)
@@ -345,10 +356,22 @@ class _Tally:
             self._append(scheduler, scheduler.running, count)
 
     def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
+        homes = self._by_home(batches)
+        return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], homes[Tier.NVME], rows=rows)
+
+    def _by_home(self, batches: Batches) -> dict[Tier, list[Items[Span]]]:
         homes: dict[Tier, list[Items[Span]]] = {tier: [] for tier in Tier}
         for batch in batches:
             homes[self._room.home_of(batch[0].sequence)].append(batch)
-        return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], homes[Tier.NVME], rows=rows)
+        return homes
+
+    def _record(self, batches: Batches) -> None:
+        """Add what it takes to make a recording, if the pass is the first that one is made for."""
+        homes = self._by_home(batches)
+        found = self._costs.recording(homes[Tier.DEVICE], [*homes[Tier.HOST], *homes[Tier.NVME]])
+        if found is not None and found not in self._recordings:
+            self._recordings.add(found)
+            self._seconds[-1] += self._costs.making()
 
     def _add(self, cost: PassCost, *, generated: int) -> None:
         self._seconds.append(self._seconds[-1] + cost.seconds)

@@ -331,9 +331,8 @@ class LLM:
         self._executor.parked_tokens = self.plan.micro_batch_tokens
         self._executor.traced = self._weights.traced if trace else None
         self._recorder: PassRecorder | None = None
-        if self._is_recorded and self.plan.recorded_rows and trace is None:
-            options = {"most_rows": self.plan.recorded_rows, "record": CudaGraphs(self._device)}
-            self._recorder = PassRecorder(self._model, self._executor, **options)
+        if self._is_recorded and trace is None:
+            self._recorder = PassRecorder(self._model, self._executor, self.plan, record=CudaGraphs(self._device))
 
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)

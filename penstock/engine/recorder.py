@@ -26,13 +26,10 @@ from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
 from penstock.offload.blocks import BLOCK_TOKENS
 from penstock.offload.kv import KVStore, Places, Singles
+from penstock.offload.plan import Plan
 
 __all__ = ["PassRecorder"]
 
-LENGTH_STEP = 512
-"""Tokens to which lengths are rounded up: those of a part of a sequence in the kernel for blocks, of which one more
-costs nothing where there are no tokens."""
-ROWS_STEP = 8
 MAX_RECORDINGS = 8
 
 Issue = Callable[[], Tensor]
@@ -41,17 +38,18 @@ logger = logging.getLogger("penstock.engine")
 
 
 class PassRecorder:
-    """Runs passes over one new token of each of at most `most_rows` sequences. `record` makes recordings.
+    """Runs passes over one new token of each of some sequences, those for which `plan` has recordings.
 
-    A pass of a new kind is run as it will be recorded, which compiles what it needs; the next one is recorded.
+    `record` makes them. The first pass of a kind is run as it will be recorded, which makes the code that it needs; the
+    second one is recorded.
     """
 
     def __init__(
-        self, model: StreamedModel, executor: Executor, *, most_rows: int, record: Callable[[Issue], Issue]
+        self, model: StreamedModel, executor: Executor, plan: Plan, *, record: Callable[[Issue], Issue]
     ) -> None:
         self._model = model
         self._executor = executor
-        self._most_rows = most_rows
+        self._plan = plan
         self._record = record
         self._recordings: dict[tuple[int, int, object], _Recording] = {}
         self._is_refused = False
@@ -62,16 +60,17 @@ class PassRecorder:
 
         None where it must be run like any other: nothing has been changed then.
         """
-        if self._is_refused or batch.num_tokens > self._most_rows or type(batch.kv) is not KVStore:
+        if self._is_refused or type(batch.kv) is not KVStore:
             return None
         places = batch.places
-        rows = batch.num_tokens if batch.num_tokens <= 2 else _up(batch.num_tokens, ROWS_STEP)
-        length = _up(places.singles.max_length, LENGTH_STEP)
-        key = (rows, length, batch.kv.pool)
+        size = self._plan.recording(batch.num_tokens, places.singles.max_length)
+        if size is None:
+            return None
+        key = (*size, batch.kv.pool)
         recording = self._recordings.get(key)
         try:
             if recording is None:
-                recording = self._recordings[key] = _Recording(self._model, batch, rows=rows, max_length=length)
+                recording = self._recordings[key] = _Recording(self._model, batch, *size)
                 while len(self._recordings) > MAX_RECORDINGS:
                     del self._recordings[next(iter(self._recordings))]
             recording.fill(places, token_ids)
@@ -137,7 +136,7 @@ class _AnySingle(Span):
 class _Recording:
     """The inputs of a pass, and once it is recorded what plays it."""
 
-    def __init__(self, model: StreamedModel, like: MicroBatch, *, rows: int, max_length: int) -> None:
+    def __init__(self, model: StreamedModel, like: MicroBatch, rows: int, max_length: int) -> None:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=model.device)
 
@@ -182,7 +181,3 @@ def _fill(whole: Tensor, given: Tensor) -> None:
     whole[:count] = given
     if count < whole.shape[0]:
         whole[count:] = given[-1]
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step

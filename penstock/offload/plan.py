@@ -15,6 +15,10 @@ __all__ = ["SCORE_NBYTES", "ModelShape", "PassLimits", "Plan", "WindowLayer", "m
 SCORE_NBYTES = 16
 """What an attention score takes while it is computed: the score, its mask, and copies in float32."""
 
+RECORDED_ROWS, RECORDED_TOKENS = 16, 512
+"""Steps in which the sequences of recorded passes, and their lengths, are rounded up: those that lack are computed for
+nothing, which costs little beside the weights. A part of a sequence in the kernel for blocks has so many tokens."""
+
 SCORES = (1 << 10, 1 << 24)
 """Least and most scores that are in memory at once."""
 
@@ -172,13 +176,16 @@ class Plan:
         slots = self.num_slots * self.slot_nbytes
         return self.resident_nbytes + slots + self.device_layer_nbytes + self.workspace_nbytes + self.kv_nbytes
 
-    @property
-    def recorded_rows(self) -> int:
-        """The most sequences of a decode pass that a GPU records and plays again: none where layers move.
+    def recording(self, num_sequences: int, longest: int) -> tuple[int, int] | None:
+        """Return what a decode pass on a GPU is recorded for: so many sequences of so many tokens, both rounded up.
 
-        More than so many keep a GPU busy anyway, and so few take an eighth of the workspace besides it.
+        None where layers move, and for more sequences: they keep a GPU busy anyway, and what is recorded takes memory
+        besides the workspace, at most an eighth of it.
         """
-        return 0 if self.num_slots else self.micro_batch_tokens // 8
+        if self.num_slots or num_sequences > self.micro_batch_tokens // 8:
+            return None
+        rows = num_sequences if num_sequences <= 2 else -(-num_sequences // RECORDED_ROWS) * RECORDED_ROWS
+        return rows, -(-longest // RECORDED_TOKENS) * RECORDED_TOKENS
 
     def layers_in(self, tier: Tier) -> tuple[int, ...]:
         """Return the indices of the layers that live in `tier`."""

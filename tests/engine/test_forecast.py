@@ -20,6 +20,8 @@ from penstock.offload.cost import (
     HOST_ATTENTION,
     HOST_TO_DEVICE,
     NVME_TO_HOST,
+    OUTSIDE_SECONDS,
+    PRODUCTS,
     STORING,
     LayerTimes,
     Machine,
@@ -44,9 +46,9 @@ def test_one_request_by_hand():
     found = forecast(plan, MACHINE, model(), [Length(100, 5)], cost=COST)
     assert (found.passes, found.generated_tokens, found.peak_sequences) == (6, 5, 1)
     # 64 and 36 ms of arithmetic, then 10 ms of the bus.
-    assert found.seconds == pytest.approx(0.064 + 0.036 + 4 * 0.010)
+    assert found.seconds == pytest.approx((0.064 + 0.036) / PRODUCTS + 4 * 0.010 + 6 * OUTSIDE_SECONDS)
     assert found.busy_seconds[HOST_TO_DEVICE] == pytest.approx(0.060)
-    assert found.waits_for[HOST_TO_DEVICE] == pytest.approx(0.040 / found.seconds)
+    assert found.waits_for[HOST_TO_DEVICE] == pytest.approx(4 * (0.010 + OUTSIDE_SECONDS) / found.seconds)
 
 
 def test_places_are_taken_again():
@@ -55,7 +57,7 @@ def test_places_are_taken_again():
     found = forecast(plan, MACHINE, model(), [Length(8, 4)] * 7, cost=COST)
     assert (found.passes, found.peak_sequences) == (16, 2)
     assert found.bottleneck == HOST_TO_DEVICE
-    assert found.tokens_per_second == pytest.approx(28 / 16)
+    assert found.tokens_per_second == pytest.approx(28 / 16 / (1 + OUTSIDE_SECONDS))
 
 
 def test_layers_with_windows_leave_room_for_more():
@@ -120,7 +122,18 @@ def test_micro_batches_read_the_weights_again():
     plan = make_plan_of(kv_nbytes=10**6, micro_batch_tokens=16, pass_tokens=64)
     quick = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e15, device_memory=1e9)
     found = forecast(plan, quick, model(shared_nbytes=10**6), [Length(64, 1)], cost=COST)
-    assert found.seconds == pytest.approx(4e-3)
+    assert found.seconds == pytest.approx(4e-3 + OUTSIDE_SECONDS)
+
+
+def test_passes_that_only_decode_are_issued_twice_and_then_played():
+    """Layers that stay on a GPU: one prompt, then decode of up to 512 tokens, then of more."""
+    plan = make_plan_of(kv_nbytes=10**6, num_slots=0, tiers=(Tier.DEVICE,) * 10, pass_tokens=512)
+    issuing = replace(MACHINE, call_seconds=0.05)
+    found = forecast(plan, issuing, model(per_token=0), [Length(500, 20)], cost=COST)
+    prompt = 500 / 64  # its micro-batches, which are issued
+    assert found.seconds == pytest.approx(10 * 0.05 * (-(-prompt // 1) + 2 + 2) + 20 * OUTSIDE_SECONDS, rel=1e-3)
+    moving = replace(plan, num_slots=2)
+    assert forecast(moving, issuing, model(per_token=0), [Length(500, 20)], cost=COST).seconds > 2 * found.seconds
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
