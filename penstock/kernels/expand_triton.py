@@ -115,7 +115,7 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
     if not out.numel():
         return
     count, rows, columns = out.shape
-    block = min(MAX_COLUMNS, triton.next_power_of_2(columns))
+    block = max(min(MAX_COLUMNS, triton.next_power_of_2(columns)), 2)
     across = triton.cdiv(columns, block)
     with torch.cuda.device_of(out):
         _dequantise[rows * across, count](
@@ -125,7 +125,6 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
             out,
             columns,
             across,
-            group_size,
             codes.shape[2],
             scale.shape[2],
             codes.stride(0),
@@ -133,6 +132,8 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
             0 if zero is None else zero.stride(0),
             out.stride(0),
             BITS=bits,
+            PER_BYTE=8 // bits,
+            GROUP=group_size,
             HAS_ZERO=zero is not None,
             BLOCK=block,
         )
@@ -141,23 +142,26 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor | None, out: Tensor, *
 @triton.jit
 def _dequantise(
     codes, scale, zero, out,
-    columns, across, group_size, code_columns, num_groups, codes_step, scale_step, zero_step, out_step,
-    BITS: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    columns, across, code_columns, num_groups, codes_step, scale_step, zero_step, out_step,
+    BITS: tl.constexpr, PER_BYTE: tl.constexpr, GROUP: tl.constexpr, HAS_ZERO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(1).to(tl.int64)
     row = (tl.program_id(0) // across).to(tl.int64)
-    column = (tl.program_id(0) % across) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(0) % across
+    column = part * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    codes += item * codes_step + row * code_columns
-    if BITS == 4:
-        pair = tl.load(codes + column // 2, mask=inside, other=0).to(tl.int32)
-        code = (pair >> ((column % 2) * 4)) & 15
-    else:
-        code = tl.load(codes + column, mask=inside, other=0).to(tl.int32)
-    group = row * num_groups + column // group_size
+    byte = part * (BLOCK // PER_BYTE) + tl.arange(0, BLOCK // PER_BYTE)
+    there = byte < code_columns
+    code = tl.load(codes + item * codes_step + row * code_columns + byte, mask=there, other=0).to(tl.int32)
+    group = row * num_groups + byte * PER_BYTE // GROUP  # a byte's values are in one
+    times = tl.load(scale + item * scale_step + group, mask=there, other=0).to(tl.float32)
+    less = 8 if BITS == 4 else 0
     if HAS_ZERO:
-        code -= tl.load(zero + item * zero_step + group, mask=inside, other=0).to(tl.int32)
-    elif BITS == 4:
-        code -= 8
-    value = code.to(tl.float32) * tl.load(scale + item * scale_step + group, mask=inside, other=0).to(tl.float32)
+        less = tl.load(zero + item * zero_step + group, mask=there, other=0).to(tl.int32)
+    if BITS == 4:
+        low = ((code & 15) - less).to(tl.float32) * times
+        high = ((code >> 4) - less).to(tl.float32) * times
+        value = tl.reshape(tl.join(low, high), (BLOCK,))
+    else:
+        value = (code - less).to(tl.float32) * times
     tl.store(out + item * out_step + row * columns + column, value.to(out.dtype.element_ty), mask=inside)

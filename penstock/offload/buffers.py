@@ -12,7 +12,7 @@ from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout, View
 from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["DTYPES", "can_record", "check_decoders", "convert", "dtype_name", "expand", "view_of"]
+__all__ = ["DTYPES", "can_record", "check_decoders", "convert", "dtype_name", "expand", "restore", "view_of"]
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -57,19 +57,29 @@ def check_decoders(layouts: Iterable[Layout], device: torch.device) -> None:
 
 
 def can_record(layout: Layout) -> bool:
-    """Whether `convert` only launches decoders of our own on CUDA, which take no memory; there is something to do."""
+    """Whether `convert` launches decoders of our own on CUDA, which take no memory, and nothing else."""
     forms = {one.coding.codec for one in layout.expansions if isinstance(one.coding, Coding)}
     return bool(layout.expansions) and not layout.conversions and forms <= {"exact", "int8", "int4"}
 
 
-def convert(layout: Layout, buffer: Tensor, *, rehearsed: bool = False) -> None:
+def restore(layout: Layout, buffer: Tensor, rest: Tensor) -> None:
+    """Make a unit in `buffer` of its wire bytes `rest`, which stay where they are on the same device."""
+    decoded = layout.nbytes if layout.conversions else layout.parameter_nbytes  # conversions read the buffer
+    placed = max(decoded - layout.wire_offset, 0)
+    buffer[layout.wire_offset : layout.wire_offset + placed].copy_(rest[:placed])
+    convert(layout, buffer, coded=rest)
+
+
+def convert(layout: Layout, buffer: Tensor, *, coded: Tensor | None = None, rehearsed: bool = False) -> None:
     """Compute the expanded and converted parameters of a unit whose wire bytes have just arrived in `buffer`.
 
-    `rehearsed` says that there are zeros in their place, to see how much memory this takes.
+    `coded` are the wire bytes where coded parts are read elsewhere. `rehearsed` says that there are zeros in their
+    place, to see how much memory this takes.
     """
+    source, origin = (buffer, 0) if coded is None else (coded, layout.wire_offset)
     for expansion in layout.expansions:
         count, step = expansion.count, expansion.step
-        parts = [_batch(buffer, part, count, step) for part in expansion.parts]
+        parts = [_batch(source, part, count, step, origin=origin) for part in expansion.parts]
         target = _batch(buffer, expansion.target, count, expansion.target_step)
         expand(expansion.coding, parts, target, rehearsed=rehearsed)
     if not layout.conversions:
@@ -123,8 +133,11 @@ def _expand_scaled(coding: ScaledCoding, parts: Sequence[Tensor], out: Tensor) -
         scaled.decode(coding.form, codes[item], scale[item], None, None, out=made[item])
 
 
-def _batch(buffer: Tensor, first: View, count: int, step: int) -> Tensor:
-    """Return [count, *shape]: `first` of a flat uint8 buffer, and what lies `step` bytes further on each time."""
-    start = int(buffer.storage_offset()) + first.offset
+def _batch(buffer: Tensor, first: View, count: int, step: int, *, origin: int = 0) -> Tensor:
+    """Return [count, *shape]: `first` of a flat uint8 buffer, and what lies `step` bytes further on each time.
+
+    The buffer's first byte is byte `origin` of the unit's.
+    """
+    start = int(buffer.storage_offset()) + first.offset - origin
     flat = buffer.as_strided((count, first.nbytes), (step, 1), start)
     return flat.view(DTYPES[first.dtype]).view(count, *first.shape)

@@ -1,7 +1,8 @@
 """Copies into the device's buffers, beside the computing: a copy stream on CUDA, plain memory copies on the CPU.
 
-What has been copied is expanded on a third stream, so that the bus goes on meanwhile. A *mark* is a point in the order
-of the copies, the expansions or the computing, that the others can wait for.
+What has been copied is expanded on a third stream, so that the bus goes on meanwhile; what rests packed on the device
+is expanded on a fourth, which waits for no bus. A *mark* is a point in the order of the copies, the expansions or the
+computing, that the others can wait for.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from penstock.kernels.gpu import triton_kernels
-from penstock.offload.buffers import can_record, convert
+from penstock.offload.buffers import can_record, convert, restore
 from penstock.offload.clock import Clock, Stopwatch
 from penstock.offload.graphs import CudaGraphs
 from penstock.offload.layout import Layout
@@ -62,13 +63,22 @@ class Copies:
         """
         with self.expanding():
             if layout is not None and (layout.expansions or layout.conversions):
-                begun = self.watch.begin()
-                self._convert(layout, buffer, often=often)
-                self.watch.end(EXPAND, begun)
+                self._expand(layout, buffer, partial(convert, layout, buffer), often=often)
             return self.expanded()
 
-    def _convert(self, layout: Layout, buffer: Tensor, *, often: bool) -> None:  # noqa: ARG002
-        convert(layout, buffer)
+    def restore(self, layout: Layout, buffer: Tensor, rest: Tensor, after: Any) -> Any:  # noqa: ARG002
+        """Make a unit in `buffer` of wire bytes that `rest` on the device; return the point after it.
+
+        Nothing but a point of the computing, `after`, is waited for: units come so while others are on their way.
+        """
+        with torch.inference_mode():
+            self._expand(layout, buffer, partial(restore, layout, buffer, rest), often=True)
+        return self.mark()
+
+    def _expand(self, layout: Layout, buffer: Tensor, issue: Callable[[], None], *, often: bool) -> None:  # noqa: ARG002
+        begun = self.watch.begin()
+        issue()
+        self.watch.end(EXPAND, begun)
 
     def mark(self) -> Any:
         """Return the point after all copies issued so far."""
@@ -138,6 +148,7 @@ class CudaCopies(Copies):
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._expansions = torch.cuda.Stream(device)
+        self._restoring = torch.cuda.Stream(device)
         self._graphs = CudaGraphs(device)
         self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
 
@@ -154,17 +165,24 @@ class CudaCopies(Copies):
         with torch.inference_mode(), torch.cuda.stream(self._expansions):
             yield
 
-    def _convert(self, layout: Layout, buffer: Tensor, *, often: bool) -> None:
+    def restore(self, layout: Layout, buffer: Tensor, rest: Tensor, after: Any) -> Any:
+        """Restore on a stream of its own."""
+        if after is not None:
+            self._restoring.wait_event(after)
+        with torch.inference_mode(), torch.cuda.stream(self._restoring):
+            self._expand(layout, buffer, partial(restore, layout, buffer, rest), often=True)
+        event = torch.cuda.Event()
+        event.record(self._restoring)
+        return event
+
+    def _expand(self, layout: Layout, buffer: Tensor, issue: Callable[[], None], *, often: bool) -> None:
         """Issue decoders, or play what they issued: a layer's take Python half a millisecond, in every pass."""
         unit = id(layout), buffer.data_ptr()
-        if often and unit in self._recorded and self._recorded[unit] is None:
-            self._recorded[unit] = self._graphs(partial(convert, layout, buffer))
-        if replay := self._recorded.get(unit):
-            replay()
-            return
-        convert(layout, buffer)
-        if often and can_record(layout) and triton_kernels("expand_triton", self._device):
+        if often and unit in self._recorded:
+            issue = self._recorded[unit] = self._recorded[unit] or self._graphs(issue)
+        elif often and can_record(layout) and triton_kernels("expand_triton", self._device):
             self._recorded[unit] = None  # the next time
+        super()._expand(layout, buffer, issue, often=often)
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
         """Copy at once, or in pieces."""
@@ -181,6 +199,7 @@ class CudaCopies(Copies):
     def expanded(self) -> Any:
         """Record an event on the stream of expansions."""
         self._expansions.wait_event(self.mark())
+        self._expansions.wait_stream(self._restoring)
         event = torch.cuda.Event()
         event.record(self._expansions)
         return event

@@ -368,16 +368,15 @@ class WeightStream:
         slot.layer = index
 
     def _fetch_from_rest(self, slot: _Slot, index: int, arrived: Future[Any]) -> None:
-        layout = self._layouts[index]
-        place = slot.buffer[layout.wire_offset : layout.nbytes]
+        layout, buffer = self._layouts[index], slot.buffer
         try:
+            if index in self._packed:
+                arrived.set_result(self._copies.restore(layout, buffer, self._rest[index], slot.released))
+                return
             with self._copies.issue():
                 self._copies.wait_for_computing(slot.released)
-                if index in self._packed:
-                    self._copies.copy(place, self._rest[index])
-                else:
-                    self._bring(index, place)
-            arrived.set_result(self._copies.expand(layout, slot.buffer, often=True))
+                self._bring(index, buffer[layout.wire_offset : layout.nbytes])
+            arrived.set_result(self._copies.expand(layout, buffer, often=True))
         except BaseException as error:
             arrived.set_exception(error)  # also of Ctrl-C, which comes here where copies are asynchronous
             if not isinstance(error, Exception):
