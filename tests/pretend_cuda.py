@@ -97,6 +97,9 @@ class Stream:
     def wait_event(self, event: Any) -> None:
         """There is one stream, so it waits for nothing."""
 
+    def wait_stream(self, stream: Any) -> None:
+        """Nor for itself."""
+
     def synchronize(self) -> None:
         """Wait for everything."""
         self.wait(self.issued())

@@ -144,7 +144,8 @@ class Generation:
             if sequence.targets:
                 sequence.finish_reason = "scored"
         if ready:
-            rows = torch.cat([row for row in logits if row.shape[0]])
+            made = [rows for rows in logits if rows.shape[0]]
+            rows = made[0] if len(made) == 1 else torch.cat(made)
             with torch.inference_mode():
                 tokens = self._sampler.sample(rows, ready)
             for sequence, token in zip(ready, tokens, strict=True):

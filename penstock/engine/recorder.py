@@ -52,6 +52,7 @@ class PassRecorder:
         self._plan = plan
         self._record = record
         self._recordings: dict[tuple[int, int, object], _Recording] = {}
+        self._logits: Tensor | None = None  # of all recordings: one for each would be memory that nobody has planned
         self._is_refused = False
         self.num_replayed = 0
 
@@ -87,11 +88,11 @@ class PassRecorder:
         assert weights is not None
         if not recording.has_run:
             recording.has_run = True
-            return recording.issue(self._executor)
+            return self._first(recording)
         if recording.replay is None:
             self._executor.weights = _AllThere()
             try:
-                recording.replay = self._record(partial(recording.issue, self._executor))
+                recording.replay = self._record(partial(self._issue, recording))
             finally:
                 self._executor.weights = weights
         self.num_replayed += 1
@@ -102,6 +103,22 @@ class PassRecorder:
             with weights.layer(last):
                 pass
         return logits
+
+    def _first(self, recording: _Recording) -> Tensor:
+        """Run a pass as any other; see to it that there is room for its logits."""
+        logits = recording.issue(self._executor)
+        if self._logits is None or len(self._logits) < len(logits):
+            if self._logits is not None:  # what was recorded writes to memory that goes now
+                self._recordings = {key: one for key, one in self._recordings.items() if one is recording}
+            self._logits = torch.empty_like(logits)
+        return logits
+
+    def _issue(self, recording: _Recording) -> Tensor:
+        assert self._logits is not None
+        logits = recording.issue(self._executor)
+        kept = self._logits[: len(logits)]
+        with torch.inference_mode():
+            return kept.copy_(logits)
 
 
 class _AllThere:

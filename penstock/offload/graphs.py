@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,8 +17,15 @@ class CudaGraphs:
     """Records what is issued to CUDA. All recordings share their memory: no two may run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._device = device
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def __call__(self, issue: Callable[[], T]) -> Callable[[], T]:
         """Record what `issue` issues, which runs nothing; return what runs it on the stream that is current then.
@@ -27,7 +35,7 @@ class CudaGraphs:
         """
         graph = torch.cuda.CUDAGraph()
         _forget_workspaces()  # those of the libraries, which would be taken from the recording and never given back
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
