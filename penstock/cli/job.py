@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from penstock.engine.forecast import Length
     from penstock.engine.llm import LLM
     from penstock.engine.report import Progress
+    from penstock.offload.cost import Machine
 
 __all__ = ["LengthOf", "Line", "Parse", "Stream", "add_files", "run_job"]
 
@@ -215,7 +216,7 @@ class _Job:
             if stop.number or time.monotonic() - self._committed > COMMIT_SECONDS:
                 self._journal.commit()
                 self._committed = time.monotonic()
-            self.progress.show(self._describe(state))
+            self.progress.show(self._describe(state, llm.machine))
             if stop.number:
                 raise _StoppedError
 
@@ -283,7 +284,7 @@ class _Job:
         told = {"code": code, "message": f"line {number}: {plain}", "line": number}
         self._journal.append(number, _payload(number, custom_id, {"response": None}, error=told))
 
-    def _describe(self, state: Progress) -> str:
+    def _describe(self, state: Progress, machine: Machine | None) -> str:
         seconds, done = max(state.seconds, 1e-9), len(self._journal)
         new = done - self._before
         total = left = ""
@@ -292,9 +293,14 @@ class _Job:
             left = f", {_duration((self._known.num_lines - done) * seconds / new)} left" if new else ""
         return (
             f"{done}{total} lines, {(state.generated_tokens or state.prompt_tokens) / seconds:.1f} tokens/s, "
-            f"nvme → host {state.traffic.disk_bytes / seconds / 1e9:.2f} GB/s, "
-            f"host → device {state.traffic.device_bytes / seconds / 1e9:.2f} GB/s{left}"
+            f"nvme → host {_rate(state.traffic.disk_bytes / seconds, machine.nvme_to_host if machine else None)}, "
+            f"host → device {_rate(state.traffic.device_bytes / seconds, machine.host_to_device if machine else None)}{left}"
         )
+
+
+def _rate(rate: float, peak: float | None) -> str:
+    """Show bytes per second, and the share of what was measured of the link, if it was."""
+    return f"{rate / 1e9:.2f} GB/s" + (f" ({rate / peak:.0%})" if peak else "")
 
 
 def _fields(raw: bytes | None) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class LLM:
         self._shape = self._rehearse(known, limits, compile)
         if tiers == "auto":
             hardware, expects = hardware or kept_profile(), expects or USUAL_WORK
-        machine = self._machine(hardware, known, limits, measures=bool(expects))
+        self._known_machine = machine = self._machine(hardware, known, limits, measures=bool(expects))
         self._forget_rehearsals()
         self.plan, self._forecast, self._why = plan_run(
             self._shape,
@@ -345,6 +345,11 @@ class LLM:
     def model(self) -> StreamedModel:
         """The model as it is streamed: its config, its layouts, its vocabulary."""
         return self._model
+
+    @property
+    def machine(self) -> Machine | None:
+        """The rates that runs are forecast with; None where no profile of this machine is known."""
+        return self._known_machine
 
     def outlook(self) -> str:
         """Say in one line where the weights are, and what is forecast or why nothing is."""

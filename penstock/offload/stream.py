@@ -213,7 +213,9 @@ class WeightStream:
         self._copies.wait_for_computing(self._copies.computed())  # buffers may be memory that it was still using
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
+        twins = self._twins()
         kept: list[int | None] = [None, *self._own, *self._packed, *self._filled]
+        kept = [index for index in kept if index not in twins]
         made = [index for index in kept if self._is_made(index)]
         fetches = {index: self._fetch_to_keep(index) for index in kept if index not in made}
         for fetch in fetches.values():
@@ -224,8 +226,26 @@ class WeightStream:
             done += source_nbytes(self._layout_of(index))
             if progress:
                 progress(done, total)
+        kept_at = self._own | {index: self._rest[index] for index in self._packed}
+        with self._copies.issue():
+            for index, first in twins.items():
+                self._copies.copy(kept_at[index], kept_at[first])
+        self._copies.block_until(self._copies.mark())
         for slot in self._slots:
             self._refill(slot, slot.cycle[0])
+
+    def _twins(self) -> dict[int, int]:
+        """Return layers that stay on the device, made of the same bytes as another one there, and that one: dummies."""
+        first: dict[Any, int] = {}
+        twins: dict[int, int] = {}
+        for index in (*self._own, *self._packed):
+            layout = self._layouts[index]
+            if not layout.conversions:
+                made_of = index in self._own, layout.extents, layout.encodings
+                donor = first.setdefault(made_of, index)
+                if donor != index:
+                    twins[index] = donor
+        return twins
 
     def _layout_of(self, index: int | None) -> Layout:
         return self._resident_layout if index is None else self._layouts[index]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from penstock.cli import job as job_module
+from penstock.cli import output
 from penstock.cli.main import main
 from penstock.engine.llm import LLM
+from penstock.offload.cost import Machine
 
 BUDGET = ("--device", "cpu", "--device-memory", "900KiB", "--host-memory", "0")
 
@@ -57,10 +60,10 @@ def stop_after(monkeypatch):
     def arrange(lines, number):
         describe = job_module._Job._describe
 
-        def described(job, state):
+        def described(job, *state):
             if len(job._journal) >= lines:
                 os.kill(os.getpid(), number)
-            return describe(job, state)
+            return describe(job, *state)
 
         monkeypatch.setattr(job_module._Job, "_describe", described)
 
@@ -407,3 +410,16 @@ def test_a_model_that_is_not_there_leaves_nothing(batch, tmp_path):
     assert status == 1
     assert "MissingFileError" in err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(batch, monkeypatch):
+    """With shares of what links can do, where that is known."""
+    monkeypatch.setattr(output, "LOG_SECONDS", 0.0)
+    batch.write([request(number) for number in range(1, 4)])
+    for known in (None, Machine(host_to_device=1e12, nvme_to_host=1e12, flops=None, device_memory=None)):
+        monkeypatch.setattr(LLM, "machine", known)
+        _, err = batch("--ignore-eos")
+        batch.target.unlink()
+        share = r" \(\d+%\)" if known else ""
+        link = rf"\d+\.\d\d GB/s{share}"
+        assert re.search(rf"(?m)^\[\d+ s\] [123]/3 lines, .* tokens/s, nvme → host {link}, host → device {link}", err)

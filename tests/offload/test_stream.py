@@ -182,6 +182,26 @@ def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected,
     assert after.device_bytes - read.device_bytes == sum(2 * layout.wire_nbytes for layout in aliased)
 
 
+def test_layers_of_the_same_bytes_are_read_once_for_the_device(tiny_llama, model, expected, device):
+    layouts = model.layer_layouts
+    donors = [0, 1, 0, 1, 0, 5]
+    aliased = [replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, donors, strict=True)]
+    with WeightStream(
+        stream_plan(model, [D] * 6, 0),
+        checkpoint=Checkpoint.open(tiny_llama),
+        resident=model.resident,
+        layers=aliased,
+        device=torch.device(device),
+    ) as stream:
+        stream.load()
+        for index, donor in enumerate(donors):
+            with stream.layer(index):
+                found = _parameters(layouts[donor], stream.buffer_of(index))
+            assert all(map(torch.equal, found, expected[donor]))
+        once = model.resident.nbytes + sum(layouts[index].wire_nbytes for index in set(donors))
+        assert stream.statistics().device_bytes <= once
+
+
 @pytest.mark.parametrize(
     ("streamed", "packed", "num_slots", "cycles"),
     [
