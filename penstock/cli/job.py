@@ -291,10 +291,11 @@ class _Job:
         if self._known is not None:
             total = f"/{self._known.num_lines}"
             left = f", {_duration((self._known.num_lines - done) * seconds / new)} left" if new else ""
+        peaks = (machine.nvme_to_host, machine.host_to_device) if machine else (None, None)
+        read, copied = state.traffic.disk_bytes / seconds, state.traffic.device_bytes / seconds
         return (
             f"{done}{total} lines, {(state.generated_tokens or state.prompt_tokens) / seconds:.1f} tokens/s, "
-            f"nvme → host {_rate(state.traffic.disk_bytes / seconds, machine.nvme_to_host if machine else None)}, "
-            f"host → device {_rate(state.traffic.device_bytes / seconds, machine.host_to_device if machine else None)}{left}"
+            f"nvme → host {_rate(read, peaks[0])}, host → device {_rate(copied, peaks[1])}{left}"
         )
 
 
