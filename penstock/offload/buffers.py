@@ -58,8 +58,9 @@ def check_decoders(layouts: Iterable[Layout], device: torch.device) -> None:
 
 def can_record(layout: Layout) -> bool:
     """Whether `convert` launches decoders of our own on CUDA, which take no memory, and nothing else."""
-    forms = {one.coding.codec for one in layout.expansions if isinstance(one.coding, Coding)}
-    return bool(layout.expansions) and not layout.conversions and forms <= {"exact", "int8", "int4"}
+    codings = [one.coding for one in layout.expansions]
+    ours = all(isinstance(one, Coding) and one.codec in {"exact", "int8", "int4"} for one in codings)
+    return bool(codings) and ours and not layout.conversions
 
 
 def restore(layout: Layout, buffer: Tensor, rest: Tensor) -> None:

@@ -7,6 +7,7 @@ computing, that the others can wait for.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,8 @@ from penstock.offload.layout import Layout
 from penstock.offload.trace import Trace
 
 __all__ = ["EXPAND", "TRANSFER", "Copies", "CudaClock", "CudaCopies", "copies_for"]
+
+logger = logging.getLogger("penstock.offload")
 
 TRANSFER = "transfer"
 EXPAND = "expand"
@@ -179,10 +182,17 @@ class CudaCopies(Copies):
         """Issue decoders, or play what they issued: a layer's take Python half a millisecond, in every pass."""
         unit = id(layout), buffer.data_ptr()
         if often and unit in self._recorded:
-            issue = self._recorded[unit] = self._recorded[unit] or self._graphs(issue)
+            issue = self._recorded[unit] = self._recorded[unit] or self._record(issue)
         elif often and can_record(layout) and triton_kernels("expand_triton", self._device):
             self._recorded[unit] = None  # the next time
         super()._expand(layout, buffer, issue, often=often)
+
+    def _record(self, issue: Callable[[], None]) -> Callable[[], None]:
+        try:
+            return self._graphs(issue)
+        except RuntimeError as error:
+            logger.warning("decoders are not recorded: %s", error)
+            return issue
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
         """Copy at once, or in pieces."""
