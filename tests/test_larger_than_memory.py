@@ -61,7 +61,7 @@ def tokens(big):
     [
         ("2GiB", "2GiB", None),
         ("600MiB", "6500MiB", {"device": 0, "host": 34, "nvme": 0}),
-        ("7500MiB", "0", {"device": 34, "host": 0, "nvme": 0}),
+        ("9GiB", "0", {"device": 34, "host": 0, "nvme": 0}),
     ],
 )
 def test_every_mix_of_tiers_gives_the_same_tokens(big, tokens, device, host, layers):
