@@ -207,7 +207,7 @@ class LLM:
         shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype)
         self._start_up.end("rehearsal")
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
-        self._is_recorded = self._device.type == "cuda" and reason is None
+        self._compiles = reason is None
         if reason is not None:
             self._compiler.leave_eager(reason)
             return shape
@@ -274,7 +274,8 @@ class LLM:
     def _forget_rehearsals(self) -> None:
         """Give back what they have taken, before what the plan says is taken."""
         self._model.unbind()
-        gc.collect()  # compilers leave cycles behind, which hold keys and values
+        if self._compiles:
+            gc.collect()  # compilers leave cycles behind, which hold keys and values
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -331,7 +332,7 @@ class LLM:
         self._executor.parked_tokens = self.plan.micro_batch_tokens
         self._executor.traced = self._weights.traced if trace else None
         self._recorder: PassRecorder | None = None
-        if self._is_recorded and trace is None:
+        if self._compiles and self._device.type == "cuda" and trace is None:
             self._recorder = PassRecorder(self._model, self._executor, self.plan, record=CudaGraphs(self._device))
 
     def _bind(self) -> None:

@@ -210,7 +210,7 @@ class KVStore:
         self._limit = limit_nbytes
         self._cost = cost or KVCost(0, block_tokens=BLOCK_TOKENS)
         self._device = torch.device(device)
-        self._allocate = allocate or self._allocate_there
+        self._given = allocate
         self._sequences: dict[Hashable, _Sequence] = {}
         self._allocator = BlockAllocator()
         self._layers: dict[int, tuple[KeptRows, ...]] = {}
@@ -221,8 +221,8 @@ class KVStore:
         self._closed = False
         self.prepare((TYPICAL_TOKENS,))
 
-    def _allocate_there(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+    def _allocate(self, nbytes: int) -> Tensor:
+        return self._given(nbytes) if self._given else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def prepare(self, lengths: Sequence[int], *, least: Sequence[int] = (), num_elsewhere: int = 0) -> None:
         """Divide the limit for sequences of these lengths, none of which is running yet, unless it nearly is.

@@ -112,7 +112,8 @@ def test_a_cpu_compiles_only_when_told_to(tiny_llama):
     assert reasons == {"LlamaDecoderLayer": "not worth the time to compile on the CPU"}
 
 
-def test_what_rehearsals_have_taken_is_gone_before_memory_is_taken(tiny_llama, expected, device, monkeypatch):
+@pytest.mark.parametrize("compiles", [True, False])
+def test_what_rehearsals_have_taken_is_gone_before_memory_is_taken(tiny_llama, expected, device, monkeypatch, compiles):
     stores, alive = [], []
     make, take = rehearsal._store, LLM._open
 
@@ -128,7 +129,7 @@ def test_what_rehearsals_have_taken_is_gone_before_memory_is_taken(tiny_llama, e
     monkeypatch.setattr(rehearsal, "_store", noted)
     monkeypatch.setattr(LLM, "_open", look)
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    with LLM(tiny_llama, tiers=MemoryTiers(device="2MiB", host=0), device=device, compile=True) as llm:
+    with LLM(tiny_llama, tiers=MemoryTiers(device="2MiB", host=0), device=device, compile=compiles) as llm:
         outputs = llm.generate(PROMPTS, GREEDY)
     assert alive
     assert not any(alive)
