@@ -86,6 +86,7 @@ class Generation:
         self._texts: dict[int, Detokenizer] = {}
         self.num_requests = 0
         self.num_passes = 0
+        self.num_recorded = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.recomputed_tokens = 0
@@ -171,6 +172,7 @@ class Generation:
         if self._recorder is not None and len(inputs) == 1 and inputs[0].only_decodes:
             logits = self._recorder.run(inputs[0].batch, inputs[0].token_ids)
             if logits is not None:
+                self.num_recorded += 1
                 return [logits]
         return self._executor.run_pass([(one.batch, self._forward(one, scores)) for one in inputs])
 

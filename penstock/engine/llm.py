@@ -535,6 +535,7 @@ class LLM:
         self.last_run = RunReport(
             num_requests=generation.num_requests,
             num_passes=generation.num_passes,
+            recorded_passes=generation.num_recorded,
             prompt_tokens=generation.prompt_tokens,
             generated_tokens=generation.generated_tokens,
             seconds=seconds,

@@ -129,7 +129,8 @@ class RunReport:
     device budget. Once there was a plan, it was to be `planned_process_nbytes`, were all memory used.
     `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way to older ones
     `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number counts them.
-    `codec` is what layers were packed with on load.
+    `codec` is what layers were packed with on load. Of the passes, `recorded_passes` were played as they had been
+    recorded once, or were the first of their kind.
     """
 
     num_requests: int
@@ -157,6 +158,7 @@ class RunReport:
     peak_hosted: int = 0
     codec: str | None = None
     peak_on_nvme: int = 0
+    recorded_passes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -170,6 +172,7 @@ class RunReport:
         return {
             "requests": self.num_requests,
             "passes": self.num_passes,
+            "recorded_passes": self.recorded_passes,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "seconds": self.seconds,
@@ -237,7 +240,10 @@ class RunReport:
             f"{self.reader['reason']}",
             f"host → device  {disk.device_bytes / 1e6:.1f} MB, {disk.device_bytes / seconds / 1e9:.2f} GB/s; "
             f"computing waited {disk.stall_seconds:.2f} s for weights",
-            f"layer code     {self.compilation.explain()}",
+            f"layer code     {self.compilation.explain()}"
+            + (
+                f"; {self.recorded_passes} of {self.num_passes} passes went as recorded" if self.recorded_passes else ""
+            ),
             f"RAM            the process held up to {format_size(self.peak_process_nbytes)}; "
             f"{format_size(self.planned_process_nbytes)} were planned, libraries that load later not counted",
             f"start          {self.start_up.explain()}; the first token {self.first_token_seconds:.1f} s later",

@@ -52,6 +52,9 @@ def test_recorded_passes_give_the_same_tokens(tiny_llama, recorded, device):
         assert complete(llm) == expected
         first = llm._recorder.num_replayed
         assert first > 10, "most passes only decode"
+        report = llm.last_run.as_dict()
+        assert first < report["recorded_passes"] < report["passes"]
+        assert f"; {report['recorded_passes']} of {report['passes']} passes went as recorded" in llm.last_run.explain()
         assert complete(llm) == expected
         assert llm._recorder.num_replayed > first
 
