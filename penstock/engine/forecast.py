@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -14,7 +14,7 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.offload.blocks import KVCost
-from penstock.offload.cost import Machine, PassCost, pass_cost
+from penstock.offload.cost import ISSUING, Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
 
@@ -326,9 +326,10 @@ class _Tally:
                 break
             self._peak = max(self._peak, len(scheduler.running))
             ready = scheduler.computed(schedule)
-            cost = self._cost_of(schedule.micro_batches, rows=len(ready))
+            homes = self._by_home(schedule.micro_batches)
+            cost = self._cost_of(homes, rows=len(ready))
             self._add(cost, generated=len(ready))
-            self._record(schedule.micro_batches)
+            self._record(homes)
             self._append(scheduler, ready, 1)
             if len(ready) == len(scheduler.running) == schedule.num_tokens:
                 self._skip(scheduler, schedule.micro_batches, cost)
@@ -350,13 +351,12 @@ class _Tally:
         if count > 0:
             later = [[Span(span.sequence, span.start + count, 1) for span in batch] for batch in batches]
             rows = len(scheduler.running)
-            last = self._cost_of(later, rows=rows)
+            last = self._cost_of(self._by_home(later), rows=rows)
             for number in range(1, count + 1):
                 self._add(cost.towards(last, number / count), generated=rows)
             self._append(scheduler, scheduler.running, count)
 
-    def _cost_of(self, batches: Batches, *, rows: int) -> PassCost:
-        homes = self._by_home(batches)
+    def _cost_of(self, homes: Mapping[Tier, Batches], *, rows: int) -> PassCost:
         return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], homes[Tier.NVME], rows=rows)
 
     def _by_home(self, batches: Batches) -> dict[Tier, list[Items[Span]]]:
@@ -365,13 +365,15 @@ class _Tally:
             homes[self._room.home_of(batch[0].sequence)].append(batch)
         return homes
 
-    def _record(self, batches: Batches) -> None:
+    def _record(self, homes: Mapping[Tier, Batches]) -> None:
         """Add what it takes to make a recording, if the pass is the first that one is made for."""
-        homes = self._by_home(batches)
         found = self._costs.recording(homes[Tier.DEVICE], [*homes[Tier.HOST], *homes[Tier.NVME]])
         if found is not None and found not in self._recordings:
             self._recordings.add(found)
-            self._seconds[-1] += self._costs.making()
+            seconds = self._costs.making()
+            self._seconds[-1] += seconds
+            for sums in (self._busy, self._waits):
+                sums[ISSUING] = sums.get(ISSUING, 0.0) + seconds
 
     def _add(self, cost: PassCost, *, generated: int) -> None:
         self._seconds.append(self._seconds[-1] + cost.seconds)

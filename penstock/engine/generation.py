@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -174,7 +175,7 @@ class Generation:
             if logits is not None:
                 self.num_recorded += 1
                 return [logits]
-        return self._executor.run_pass([(one.batch, self._forward(one, scores)) for one in inputs])
+        return self._executor.run_pass([(one.batch, partial(self._forward, one, scores)) for one in inputs])
 
     def _inputs(self, spans: tuple[Span, ...]) -> _Inputs:
         """Return the micro-batch of some spans, and its tokens on the device."""
@@ -198,24 +199,15 @@ class Generation:
         token_ids, keep_ids, row_ids, target_ids = map(self._to_device, (tokens, keep, rows, targets))
         return _Inputs(batch, token_ids, keep_ids, row_ids, target_ids, owners)
 
-    def _forward(self, inputs: _Inputs, scores: list[tuple[list[Sequence], Tensor]]) -> Callable[[], Tensor]:
-        """Return a micro-batch's forward."""
-
-        def forward() -> Tensor:
-            if not inputs.owners:
-                return self._model.forward(inputs.batch, inputs.token_ids, inputs.keep)
-            logits, scored = self._model.score(
-                inputs.batch,
-                inputs.token_ids,
-                inputs.keep,
-                inputs.rows,
-                inputs.targets,
-                rows_at_once=self._score_rows,
-            )
-            scores.append((inputs.owners, scored))
-            return logits
-
-        return forward
+    def _forward(self, one: _Inputs, scores: list[tuple[list[Sequence], Tensor]]) -> Tensor:
+        """Run a micro-batch's forward, inside a pass; return its logits."""
+        if not one.owners:
+            return self._model.forward(one.batch, one.token_ids, one.keep)
+        logits, scored = self._model.score(
+            one.batch, one.token_ids, one.keep, one.rows, one.targets, rows_at_once=self._score_rows
+        )
+        scores.append((one.owners, scored))
+        return logits
 
     def _to_device(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._model.device)

@@ -54,7 +54,7 @@ from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
 from penstock.offload.buffers import check_decoders
 from penstock.offload.codec import CodecName, PackOptions
-from penstock.offload.cost import LayerTimes, Machine
+from penstock.offload.cost import Machine
 from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.graphs import CudaGraphs
 from penstock.offload.groups import open_kv
@@ -132,8 +132,6 @@ class LLM:
         self._kv_dtype = check_kv_dtype(kv_dtype)
         self._closed = False
         self._generation: Generation | None = None
-        self._call_seconds = 0.0
-        self._layer_times: LayerTimes | None = None
         asked = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
         fixed = {name: value for name, value in asked.items() if value is not None}
         limits = limits_of(self._device, fixed)
@@ -239,12 +237,10 @@ class LLM:
             machine = Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
         else:
             machine = hardware
-        if measures:
-            self._measure_layers(machine, known, limits)
-        return self._as_measured(machine)
+        return self._measured(machine, known, limits) if measures else machine
 
-    def _measure_layers(self, machine: Machine, known: MemoryTiers, limits: PassLimits) -> None:
-        """Measure what layers take a CPU in micro-batches of the usual plan, or what issuing one takes it.
+    def _measured(self, machine: Machine, known: MemoryTiers, limits: PassLimits) -> Machine:
+        """Add what layers take a CPU in micro-batches of the usual plan, or what issuing one takes it.
 
         Experts are not timed: over zeros, tokens all go to the same ones.
         """
@@ -253,23 +249,12 @@ class LLM:
             try:
                 usual = make_plan(self._shape, known, limits)
             except BudgetError:  # the planner may find another one
-                return
-            self._layer_times = layer_times(
-                self._model,
-                self._executor,
-                num_tokens=usual.micro_batch_tokens,
-                free_nbytes=usual.kv_nbytes,
-            )
-        else:
-            self._call_seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
-
-    def _as_measured(self, machine: Machine) -> Machine:
-        """Return a machine with what was measured of this model's layers, unless it says that itself."""
-        return replace(
-            machine,
-            call_seconds=machine.call_seconds or self._call_seconds,
-            layer_times=machine.layer_times or self._layer_times,
-        )
+                return machine
+            sizes = {"num_tokens": usual.micro_batch_tokens, "free_nbytes": usual.kv_nbytes}
+            times = layer_times(self._model, self._executor, **sizes)
+            return replace(machine, layer_times=machine.layer_times or times)
+        seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
+        return replace(machine, call_seconds=machine.call_seconds or seconds)
 
     def _forget_rehearsals(self) -> None:
         """Give back what they have taken, before what the plan says is taken."""
@@ -288,13 +273,14 @@ class LLM:
         flops = count_flops(self._model)
         if flops is None:
             return None
+        if known := self.machine:  # this model's layers have been measured
+            machine = replace(
+                machine,
+                call_seconds=machine.call_seconds or known.call_seconds,
+                layer_times=machine.layer_times or known.layer_times,
+            )
         return forecast(
-            self.plan,
-            self._as_measured(machine),
-            flops,
-            lengths,
-            cost=self._kv_cost,
-            splits_prompts=self._model.splits_prompts,
+            self.plan, machine, flops, lengths, cost=self._kv_cost, splits_prompts=self._model.splits_prompts
         )
 
     @property

@@ -13,8 +13,7 @@ device, is not recorded; the log says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -27,6 +26,7 @@ from penstock.engine.model.build import StreamedModel
 from penstock.offload.blocks import BLOCK_TOKENS
 from penstock.offload.kv import KVStore, Places, Singles
 from penstock.offload.plan import Plan
+from penstock.offload.source import AllThere
 
 __all__ = ["PassRecorder"]
 
@@ -59,7 +59,7 @@ class PassRecorder:
     def run(self, batch: MicroBatch, token_ids: Tensor) -> Tensor | None:
         """Run a pass over the next tokens [N] of N sequences; return logits [N, vocab], valid until the next pass.
 
-        None where it must be run like any other: nothing has been changed then.
+        None where it must be run like any other: what it has stored by then, that stores again.
         """
         if self._is_refused or type(batch.kv) is not KVStore:
             return None
@@ -90,7 +90,7 @@ class PassRecorder:
             recording.has_run = True
             return self._first(recording)
         if recording.replay is None:
-            self._executor.weights = _AllThere()
+            self._executor.weights = AllThere()
             try:
                 recording.replay = self._record(partial(self._issue, recording))
             finally:
@@ -119,14 +119,6 @@ class PassRecorder:
         kept = self._logits[: len(logits)]
         with torch.inference_mode():
             return kept.copy_(logits)
-
-
-class _AllThere:
-    """Weights that never move."""
-
-    @contextmanager
-    def layer(self, index: int) -> Iterator[None]:  # noqa: ARG002
-        yield
 
 
 @dataclass(frozen=True)

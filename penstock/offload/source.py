@@ -13,7 +13,7 @@ from torch import Tensor
 from penstock.offload.buffers import convert
 from penstock.offload.layout import Layout
 
-__all__ = ["SynchronousWeights", "WeightSource", "read_unit"]
+__all__ = ["AllThere", "SynchronousWeights", "WeightSource", "read_unit"]
 
 
 class WeightSource(Protocol):
@@ -21,6 +21,15 @@ class WeightSource(Protocol):
 
     def layer(self, index: int) -> AbstractContextManager[None]:
         """Enter with the layer's parameters in place; leave when the layer's work of this pass has been issued."""
+
+
+class AllThere:
+    """Weights that never move: whoever uses it has bound them."""
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[None]:  # noqa: ARG002
+        """Enter at any time."""
+        yield
 
 
 def read_unit(layout: Layout, buffer: Tensor) -> None:

@@ -19,6 +19,6 @@ def test_a_run_is_forecast(name, tmp_path):
     options = {"device": "cpu", "compile": False, "hardware": MACHINE, "expects": [Length(8, 4)] * 3}
     with LLM(tmp_path, tiers=MemoryTiers(device="40MiB", host="1MiB"), **options) as llm:
         llm.generate([[1, 2, 3, 4, 5, 6, 7, 8]] * 3, GREEDY)
-        timed = llm._layer_times is not None
+        timed = llm.machine.layer_times is not None
     assert llm.last_run.forecast.generated_tokens == llm.last_run.generated_tokens == 12
     assert timed == (name not in ("deepseek_v3", "gpt_oss", "mixtral"))
