@@ -65,9 +65,9 @@ def can_record(layout: Layout) -> bool:
 
 def restore(layout: Layout, buffer: Tensor, rest: Tensor) -> None:
     """Make a unit in `buffer` of its wire bytes `rest`, which stay where they are on the same device."""
-    decoded = layout.nbytes if layout.conversions else layout.parameter_nbytes  # conversions read the buffer
-    placed = max(decoded - layout.wire_offset, 0)
-    buffer[layout.wire_offset : layout.wire_offset + placed].copy_(rest[:placed])
+    end = layout.nbytes if layout.conversions else layout.parameter_nbytes  # conversions read coded parts in the buffer
+    count = max(end - layout.wire_offset, 0)
+    buffer[layout.wire_offset : layout.wire_offset + count].copy_(rest[:count])
     convert(layout, buffer, coded=rest)
 
 

@@ -66,7 +66,8 @@ class Copies:
         """
         with self.expanding():
             if layout is not None and (layout.expansions or layout.conversions):
-                self._expand(layout, buffer, partial(convert, layout, buffer), often=often)
+                issue = partial(convert, layout, buffer)
+                self._expand(self._repeated(layout, buffer, issue) if often else issue)
             return self.expanded()
 
     def restore(self, layout: Layout, buffer: Tensor, rest: Tensor, after: Any) -> Any:  # noqa: ARG002
@@ -75,13 +76,17 @@ class Copies:
         Nothing but a point of the computing, `after`, is waited for: units come so while others are on their way.
         """
         with torch.inference_mode():
-            self._expand(layout, buffer, partial(restore, layout, buffer, rest), often=True)
+            self._expand(partial(restore, layout, buffer, rest))
         return self.mark()
 
-    def _expand(self, layout: Layout, buffer: Tensor, issue: Callable[[], None], *, often: bool) -> None:  # noqa: ARG002
+    def _expand(self, issue: Callable[[], None]) -> None:
         begun = self.watch.begin()
         issue()
         self.watch.end(EXPAND, begun)
+
+    def _repeated(self, layout: Layout, buffer: Tensor, issue: Callable[[], None]) -> Callable[[], None]:  # noqa: ARG002
+        """Return what does the same as `issue`, which makes a unit in this buffer again and again."""
+        return issue
 
     def mark(self) -> Any:
         """Return the point after all copies issued so far."""
@@ -153,7 +158,8 @@ class CudaCopies(Copies):
         self._expansions = torch.cuda.Stream(device)
         self._restoring = torch.cuda.Stream(device)
         self._graphs = CudaGraphs(device)
-        self._recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
+        self._issued: set[tuple[int, int]] = set()
+        self._recorded: dict[tuple[int, int], Callable[[], None]] = {}
 
     @contextmanager
     def issue(self) -> Iterator[None]:
@@ -173,19 +179,22 @@ class CudaCopies(Copies):
         if after is not None:
             self._restoring.wait_event(after)
         with torch.inference_mode(), torch.cuda.stream(self._restoring):
-            self._expand(layout, buffer, partial(restore, layout, buffer, rest), often=True)
+            self._expand(self._repeated(layout, buffer, partial(restore, layout, buffer, rest)))
         event = torch.cuda.Event()
         event.record(self._restoring)
         return event
 
-    def _expand(self, layout: Layout, buffer: Tensor, issue: Callable[[], None], *, often: bool) -> None:
-        """Issue decoders, or play what they issued: a layer's take Python half a millisecond, in every pass."""
+    def _repeated(self, layout: Layout, buffer: Tensor, issue: Callable[[], None]) -> Callable[[], None]:
+        """Record decoders when they are issued for the second time: a layer's take Python half a millisecond."""
         unit = id(layout), buffer.data_ptr()
-        if often and unit in self._recorded:
-            issue = self._recorded[unit] = self._recorded[unit] or self._record(issue)
-        elif often and can_record(layout) and triton_kernels("expand_triton", self._device):
-            self._recorded[unit] = None  # the next time
-        super()._expand(layout, buffer, issue, often=often)
+        if unit in self._recorded:
+            return self._recorded[unit]
+        if unit in self._issued:
+            self._recorded[unit] = self._record(issue)
+            return self._recorded[unit]
+        if can_record(layout) and triton_kernels("expand_triton", self._device):
+            self._issued.add(unit)
+        return issue
 
     def _record(self, issue: Callable[[], None]) -> Callable[[], None]:
         try:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class CudaGraphs:
-    """Records what is issued to CUDA. All recordings share their memory: no two may run at the same time."""
+    """Records what is issued to CUDA. Recordings share the memory they take, so no two that take any may overlap."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -214,8 +214,7 @@ class WeightStream:
         for check in frozenset().union(*(unit.partial for unit in (self._resident_checks, *self._checks))):
             verify_by_itself(check)
         twins = self._twins()
-        kept: list[int | None] = [None, *self._own, *self._packed, *self._filled]
-        kept = [index for index in kept if index not in twins]
+        kept = [index for index in (None, *self._own, *self._packed, *self._filled) if index not in twins]
         made = [index for index in kept if self._is_made(index)]
         fetches = {index: self._fetch_to_keep(index) for index in kept if index not in made}
         for fetch in fetches.values():

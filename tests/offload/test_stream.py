@@ -155,23 +155,30 @@ def test_closing_leaves_no_thread_and_no_descriptor(tiny_llama, model, device):
     assert state() == before
 
 
-def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected, device):
+DONORS = [0, 1, 0, 1, 0, 5]
+"""Whose bytes the layers of an aliased model have."""
+
+
+def open_aliased(tiny_llama, model, tier, num_slots, device):
     layouts = model.layer_layouts
-    donors = [0, 1, 0, 1, 0, 5]
-    aliased = [replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, donors, strict=True)]
-    with WeightStream(
-        stream_plan(model, [H] * 6, 2),
+    return WeightStream(
+        stream_plan(model, [tier] * 6, num_slots),
         checkpoint=Checkpoint.open(tiny_llama),
         resident=model.resident,
-        layers=aliased,
+        layers=[replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, DONORS, strict=True)],
         device=torch.device(device),
-    ) as stream:
+    )
+
+
+def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected, device):
+    layouts = model.layer_layouts
+    with open_aliased(tiny_llama, model, H, 2, device) as stream:
         stream.load()
         places = [stream._rest[index].data_ptr() for index in range(6)]
-        assert [places.index(place) for place in places] == donors
+        assert [places.index(place) for place in places] == DONORS
         read = stream.statistics()
         for _ in range(2):
-            for index, donor in enumerate(donors):
+            for index, donor in enumerate(DONORS):
                 with stream.layer(index):
                     for got, wanted in zip(
                         _parameters(layouts[donor], stream.buffer_of(index)), expected[donor], strict=True
@@ -179,26 +186,18 @@ def test_layers_of_the_same_bytes_share_host_memory(tiny_llama, model, expected,
                         assert torch.equal(got, wanted)
         after = stream.statistics()
     assert after.disk.bytes_read == read.disk.bytes_read
-    assert after.device_bytes - read.device_bytes == sum(2 * layout.wire_nbytes for layout in aliased)
+    assert after.device_bytes - read.device_bytes == sum(2 * layout.wire_nbytes for layout in layouts)
 
 
 def test_layers_of_the_same_bytes_are_read_once_for_the_device(tiny_llama, model, expected, device):
     layouts = model.layer_layouts
-    donors = [0, 1, 0, 1, 0, 5]
-    aliased = [replace(layout, extents=layouts[donor].extents) for layout, donor in zip(layouts, donors, strict=True)]
-    with WeightStream(
-        stream_plan(model, [D] * 6, 0),
-        checkpoint=Checkpoint.open(tiny_llama),
-        resident=model.resident,
-        layers=aliased,
-        device=torch.device(device),
-    ) as stream:
+    with open_aliased(tiny_llama, model, D, 0, device) as stream:
         stream.load()
-        for index, donor in enumerate(donors):
+        for index, donor in enumerate(DONORS):
             with stream.layer(index):
                 found = _parameters(layouts[donor], stream.buffer_of(index))
             assert all(map(torch.equal, found, expected[donor]))
-        once = model.resident.nbytes + sum(layouts[index].wire_nbytes for index in set(donors))
+        once = model.resident.nbytes + sum(layouts[index].wire_nbytes for index in set(DONORS))
         assert stream.statistics().device_bytes <= once
 
 
