@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from penstock.errors import BudgetError
 from penstock.io.reader import ALIGNMENT
 
-__all__ = ["BLOCK_TOKENS", "BlockAllocator", "KVCost"]
+__all__ = ["BLOCK_TOKENS", "BlockAllocator", "KVCost", "is_nearly"]
 
 BLOCK_TOKENS = 16
 """Tokens in a block: few enough that the last one of a sequence wastes little, and a multiple of 16 keeps every
@@ -20,6 +20,11 @@ layer's part of the pool at an address that vector loads like."""
 
 SPARE = 16
 """To leave too much for sequences that end early costs this part of the blocks; too little, most of the gain."""
+
+
+def is_nearly(there: int, wanted: int) -> bool:
+    """Say whether there is so little less than wanted that memory need not be divided anew."""
+    return 32 * there >= 31 * wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ClosedError
-from penstock.offload.blocks import KVCost
+from penstock.offload.blocks import KVCost, is_nearly
 from penstock.offload.kv import TYPICAL_TOKENS, KVStatistics, KVStore, Places, Rows, Tokens
 from penstock.offload.window_kv import WindowKV
 
@@ -74,8 +74,8 @@ class KVGroups:
         total = max(sum(usual.values()), 1)
         wanted = {window: needed[window] + more * usual[window] // total for window in self._parts}
         there = {window: store.nbytes for window, store in self._stores.items()}
-        enough = all(there[window] >= needed[window] and 10 * there[window] >= 9 * wanted[window] for window in there)
-        if enough and 10 * (self._limit - sum(there.values())) >= 9 * besides:
+        enough = all(there[window] >= needed[window] and is_nearly(there[window], wanted[window]) for window in there)
+        if enough and is_nearly(self._limit - sum(there.values()), besides):
             return
         for store in self._stores.values():  # all old pools go before a new one is made
             store.limit(0)

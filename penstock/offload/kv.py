@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.errors import ClosedError
-from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost
+from penstock.offload.blocks import BLOCK_TOKENS, BlockAllocator, KVCost, is_nearly
 from penstock.offload.kv_dtype import check_kv_dtype
 from penstock.offload.kv_rows import CodedRows, KeptRows, encode
 
@@ -236,7 +236,7 @@ class KVStore:
         there = self._allocator.num_blocks
         left, wanted_left = (self._limit - blocks * self._cost.block_nbytes for blocks in (there, wanted))
         needed = max(map(self._blocks_of, self._cost.fitting(self._limit, lengths)), default=0)
-        if there >= needed and 10 * there >= 9 * wanted and 10 * left >= 9 * wanted_left:
+        if there >= needed and is_nearly(there, wanted) and is_nearly(left, wanted_left):
             return
         self.limit(self._limit)  # the old pool goes before the next one is made
         self._pool = self._allocate(wanted * self._cost.block_nbytes)
