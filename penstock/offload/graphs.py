@@ -21,7 +21,14 @@ class CudaGraphs:
 
     @cached_property
     def _pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+        """The recordings' memory, which stays theirs when all of them are gone.
+
+        Torch takes nothing more into a pool that its last recording has left: so one that takes no memory stays.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        nothing = torch.zeros(1, device=self._device)
+        self._keeper = self._capture(nothing.zero_, pool)
+        return pool
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -33,16 +40,20 @@ class CudaGraphs:
         It returns what `issue` has returned. What is recorded must have run once: some code is made, or loaded, when
         it first runs. Raises RuntimeError for what waits for the device.
         """
-        graph = torch.cuda.CUDAGraph()
         _forget_workspaces()  # those of the libraries, which would be taken from the recording and never given back
+        replay = self._capture(issue, self._pool)
+        _forget_workspaces()
+        return replay
+
+    def _capture(self, issue: Callable[[], T], pool: Any) -> Callable[[], T]:
+        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 made = issue()
             finally:
                 graph.capture_end()
-        _forget_workspaces()
 
         def replay() -> T:
             graph.replay()
