@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_HEAD_SIZE", "attend_together", "can_attend_together"]
+__all__ = ["MAX_HEAD_SIZE", "attend_prompts", "attend_together", "can_attend_together"]
 
 MAX_HEAD_SIZE = 256
 """Head sizes up to this have kernels that keep no scores in memory."""
@@ -31,6 +31,25 @@ def can_attend_together(query: Tensor, value: Tensor) -> bool:
         and size % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
+
+
+def attend_prompts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    """Attend causally where all that sequences have is new, and lies back to back: nothing is copied together.
+
+    query [T, Hq, D], keys [T, H, D] and values [T, H, D] of sequences of these lengths, into out [T, Hq, D]. A query
+    sees the last `window` keys up to its own position, or all of them.
+    """
+    sizes = tuple(lengths)
+    out.copy_(_flash(query, keys, values, sizes, sizes, scale=scale, window=window))
 
 
 def attend_together(
@@ -56,23 +75,38 @@ def attend_together(
         end = first_token + sum(queries)
         keys = group[0][1] if len(group) == 1 else torch.cat([one for _, one, _ in group])
         values = group[0][2] if len(group) == 1 else torch.cat([one for _, _, one in group])
-        made = torch.ops.aten._flash_attention_forward(
-            query[first_token:end],
-            keys,
-            values,
-            _offsets(queries, query.device),
-            _offsets(num_keys, query.device),
-            max(queries),
-            max(num_keys),
-            0.0,
-            True,
-            False,
-            scale=scale,
-            window_size_left=-1 if window is None else window - 1,
-            window_size_right=0,
-        )
-        out[first_token:end].copy_(made[0])
+        made = _flash(query[first_token:end], keys, values, queries, num_keys, scale=scale, window=window)
+        out[first_token:end].copy_(made)
         first_token = end
+
+
+def _flash(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    queries: tuple[int, ...],
+    num_keys: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Call torch's kernel for sequences of so many queries and keys each, back to back."""
+    made: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        keys,
+        values,
+        _offsets(queries, query.device),
+        _offsets(num_keys, query.device),
+        max(queries),
+        max(num_keys),
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+    return made
 
 
 def _groups(

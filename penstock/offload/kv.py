@@ -108,12 +108,14 @@ class Places:
 class Rows:
     """What one layer keeps of a micro-batch's sequences, and the places.
 
-    With `shared_size`, all that is kept are keys, whose first `shared_size` elements are the values.
+    With `shared_size`, all that is kept are keys, whose first `shared_size` elements are the values. `new` are the rows
+    [T, H, ...] of the micro-batch's own tokens, as they rest; none where another layer has stored them.
     """
 
     kept: tuple[KeptRows, ...]
     places: Places
     shared_size: int | None = None
+    new: tuple[CodedRows, ...] = ()
 
     @property
     def blocks(self) -> tuple[Tensor, ...]:
@@ -143,6 +145,13 @@ class Rows:
         else:
             used = self.places.table[index, : -(-length // self.blocks[0].shape[1])]
             made = tuple(kept.read_blocks(used, length, heads) for kept in self.kept)
+        return self._both(made)
+
+    def of_new(self, tokens: slice) -> tuple[Tensor, ...]:
+        """Return some of the micro-batch's own tokens in the model's dtype, [T, H, ...] each, just as `of` does."""
+        return self._both(tuple(rows.map(lambda part: part[tokens]).whole() for rows in self.new))
+
+    def _both(self, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return made if self.shared_size is None else (made[0], made[0][..., : self.shared_size])
 
     def sharing_values(self, size: int) -> Rows:
@@ -155,6 +164,10 @@ class Rows:
         scattered = self.places.firsts[index] is None
         token = sum(kept.copy_nbytes(scattered=scattered) for kept in self.kept)
         return token * (self.places.ends[index] + self.blocks[0].shape[1])
+
+    def new_nbytes(self, num_tokens: int) -> int:
+        """Bytes that `of_new` takes; 0 where it returns views."""
+        return num_tokens * sum(kept.copy_nbytes(scattered=False) for kept in self.kept)
 
     def head_groups(self, index: int, limit_nbytes: int) -> Iterator[slice]:
         """Yield all heads, in parts of which `of` copies at most `limit_nbytes` or one head's, where it copies."""
@@ -387,7 +400,7 @@ class KVStore:
                 each.write_runs(runs, new)
             else:
                 each.write(places.slots, new)
-        return Rows(kept, places)
+        return Rows(kept, places, new=tuple(rows))
 
     def read(self, layer: int, places: Places) -> Rows:
         """Return what `append` last returned for this layer: layers that share another layer's keys use it."""

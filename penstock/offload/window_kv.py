@@ -108,10 +108,9 @@ class WindowKV(KVStore):
             if end - begin > 1:
                 new = tuple(row[begin:end] for row in whole)
                 together[index] = self._after_old(layer, places.seen, index, new) if places.seen.ends[index] else new
-        if (stored := places.stored) is not None:
-            rows = [row.select(stored) for row in rows]
-        kept = super().put(layer, places, rows)
-        return _WindowRows(**_fields(kept, Rows), together=together)
+        kept_rows = rows if places.stored is None else [row.select(places.stored) for row in rows]
+        kept = super().put(layer, places, kept_rows)
+        return _WindowRows(**_fields(kept, Rows) | {"new": tuple(rows)}, together=together)
 
     def _after_old(self, layer: int, seen: Places, index: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         old = self.read(layer, seen).of(index)

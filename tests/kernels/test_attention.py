@@ -9,7 +9,7 @@ from torch import Tensor
 from penstock.engine.batch import Span
 from penstock.kernels import attention
 from penstock.kernels.attention import Rule, attend
-from penstock.kernels.flash import attend_together
+from penstock.kernels.flash import attend_prompts, attend_together
 
 
 def naive(query: Tensor, keys: Tensor, values: Tensor, span: Span, rule: Rule) -> Tensor:
@@ -112,3 +112,18 @@ def test_sequences_together_are_sequences_alone(num_kv: int, window: int | None,
         wanted = naive(alone, keys.cpu().float(), values.cpu().float(), span, Rule(0.3, window=window))
         torch.testing.assert_close(out[begin:end].cpu().float(), wanted, atol=2e-2, rtol=2e-2)
         begin = end
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("num_kv", [4, 1])
+def test_prompts_back_to_back_are_prompts_alone(num_kv: int, window: int | None) -> None:
+    lengths = [33, 1, 20]
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(sum(lengths), 4, 16, **options)
+    keys, values = (torch.randn(sum(lengths), num_kv, 16, **options) for _ in range(2))
+    out, alone = torch.empty_like(query), torch.empty_like(query)
+    attend_prompts(query, keys, values, lengths, scale=0.3, window=window, out=out)
+    rows = zip(keys.split(lengths), values.split(lengths), strict=True)
+    attend_together(query, rows, lengths, scale=0.3, window=window, copy_nbytes=1, out=alone)
+    torch.testing.assert_close(out, alone)

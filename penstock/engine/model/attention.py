@@ -19,7 +19,7 @@ from penstock.engine.model.hosted import attend_hosted
 from penstock.engine.model.opaque import opaque
 from penstock.errors import UnsupportedModelError
 from penstock.kernels.attention import Rule, attend
-from penstock.kernels.flash import attend_together, can_attend_together
+from penstock.kernels.flash import attend_prompts, attend_together, can_attend_together
 from penstock.kernels.paged import find_paged
 from penstock.offload.host_kv import HostRows
 from penstock.offload.kv import Rows
@@ -106,7 +106,7 @@ def attend_rows(query: Tensor, kept: Rows | HostRows, rule: Rule) -> Tensor:
     """Attend with query [Hq, T, D] over the keys and values that the store keeps -> [T, Hq, Dv].
 
     Sequences with one new token, which come first, go through a kernel for blocks where there is one; of the others
-    many together through torch's, or each alone.
+    many together through torch's, or each alone. Prompts that begin here see nothing but this micro-batch's own rows.
     """
     if isinstance(kept, HostRows):
         return attend_hosted(query, kept, rule)
@@ -121,26 +121,42 @@ def attend_rows(query: Tensor, kept: Rows | HostRows, rule: Rule) -> Tensor:
         options |= zip(("key_scales", "value_scales"), kept.scales, strict=True)
         paged(flat[:first], keys, values, singles.table, singles.lengths, **options, out=made[:first])
     rest = range(first, len(batch.spans))
-    if rest and _goes_together(batch, kept, rule, rest, limit) and can_attend_together(query, made):
-        spans = [batch.spans[index].length for index in rest]
-        rows = (kept.of(index) for index in rest)
-        copied = any(kept.copy_nbytes(index) for index in rest)
-        nbytes = limit // 2 if copied else limit  # what is copied together has been copied once then
-        attend_together(
-            flat[first:], rows, spans, scale=rule.scale, window=rule.window, copy_nbytes=nbytes, out=made[first:]
-        )
-        return made
+    if rest and _goes_together(batch, kept, rule) and can_attend_together(query, made):
+        how: dict[str, Any] = {"scale": rule.scale, "window": rule.window}
+        prompts = _prompts(batch, kept, rest, limit)
+        if prompts:
+            some = slice(kept.places.offsets[prompts.start], kept.places.offsets[prompts.stop])
+            lengths = [batch.spans[index].length for index in prompts]
+            keys, values = kept.of_new(some)
+            attend_prompts(flat[some], keys, values, lengths, **how, out=made[some])
+            rest = range(first, prompts.start)
+        if rest and all(kept.copy_nbytes(index) <= limit for index in rest):
+            some = slice(first, kept.places.offsets[rest.stop])
+            lengths = [batch.spans[index].length for index in rest]
+            rows = (kept.of(index) for index in rest)
+            copied = any(kept.copy_nbytes(index) for index in rest)
+            nbytes = limit // 2 if copied else limit  # what is copied together has been copied once then
+            attend_together(flat[some], rows, lengths, **how, copy_nbytes=nbytes, out=made[some])
+            return made
     for index in rest:
         _attend_alone(query, kept, index, rule, max_scores=batch.max_scores, out=made)
     return made
 
 
-def _goes_together(batch: MicroBatch, kept: Rows, rule: Rule, rest: range, limit_nbytes: int) -> bool:
-    """Whether torch's kernel can take these sequences in one call, or a few."""
+def _goes_together(batch: MicroBatch, kept: Rows, rule: Rule) -> bool:
+    """Whether torch's kernel for many sequences knows the rule, and there are many."""
     chunked = rule.chunk is not None and max(kept.places.ends) > rule.chunk
     one_prompt = len(batch.spans) == 1 and batch.spans[0].start == 0  # torch picks the best kernel for it
-    small = all(kept.copy_nbytes(index) <= limit_nbytes for index in rest)
-    return rule.plain and not chunked and not one_prompt and small
+    return rule.plain and not chunked and not one_prompt
+
+
+def _prompts(batch: MicroBatch, kept: Rows, rest: range, limit_nbytes: int) -> range:
+    """Return the last of these sequences, as far as all that they have is new, and can be had within the limit."""
+    first = rest.stop
+    while kept.new and first > rest.start and batch.spans[first - 1].start == 0:
+        first -= 1
+    num_tokens = sum(batch.spans[index].length for index in range(first, rest.stop))
+    return range(first if kept.new_nbytes(num_tokens) <= limit_nbytes else rest.stop, rest.stop)
 
 
 def _attend_alone(query: Tensor, kept: Rows, index: int, rule: Rule, *, max_scores: int, out: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from penstock.engine.batch import CURRENT
 from penstock.engine.parking import park
 from penstock.kernels.attention import Rule, attend
-from penstock.kernels.flash import attend_together, can_attend_together
+from penstock.kernels.flash import attend_prompts, can_attend_together
 from penstock.offload.host_kv import HostRows
 from penstock.offload.plan import SCORE_NBYTES
 
@@ -118,13 +118,13 @@ def _attend_new(
     neighbours = indices[-1] - indices[0] == len(indices) - 1
     if len(spans) > 1 and neighbours and rule.plain and rule.chunk is None and can_attend_together(query, values):
         every = slice(spans[0].start, spans[-1].stop)
-        attend_together(
+        attend_prompts(
             query[:, every].transpose(0, 1),
-            [(keys[span], values[span]) for span in spans],
+            keys[every],
+            values[every],
             [span.stop - span.start for span in spans],
             scale=rule.scale,
             window=rule.window,
-            copy_nbytes=SCORE_NBYTES * max_scores,
             out=out[every],
         )
         return

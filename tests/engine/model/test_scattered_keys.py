@@ -61,6 +61,26 @@ def together(query, rows, lengths, *, scale, window, copy_nbytes, out):
     assert begin == len(query) == len(out)
 
 
+def prompts(query, keys, values, lengths, *, scale, window, out):
+    """What it does where keys lie back to back, too."""
+    rows = zip(keys.split(lengths), values.split(lengths), strict=True)
+    together(query, rows, lengths, scale=scale, window=window, copy_nbytes=1 << 20, out=out)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the CPU's references do what the kernels of a GPU do; return how many prompts came in a call."""
+    counts = []
+
+    def counted(query, keys, values, lengths, **options):
+        counts.append(len(lengths))
+        prompts(query, keys, values, lengths, **options)
+
+    monkeypatch.setattr(attention, "attend_together", together)
+    monkeypatch.setattr(attention, "attend_prompts", counted)
+    monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
+    return counts
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_single_tokens_and_prompts_of_one_micro_batch_take_different_kernels(
     name: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
@@ -73,8 +93,7 @@ def test_single_tokens_and_prompts_of_one_micro_batch_take_different_kernels(
         attend_paged(query, *tensors, **options)
 
     monkeypatch.setattr(attention, "find_paged", lambda *_: paged)
-    monkeypatch.setattr(attention, "attend_together", together)
-    monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
+    stand_in(monkeypatch)
     check(name, tmp_path, device)
     assert {1, 2, 3} <= set(singles)
 
@@ -91,7 +110,7 @@ def test_kernels_get_quantised_rows_with_their_scales(
     monkeypatch.setattr(attention, "find_paged", lambda *_: None)
     alone = errors(stream, wanted)
     monkeypatch.setattr(attention, "find_paged", lambda *_: attend_paged)
-    monkeypatch.setattr(attention, "attend_together", together)
-    monkeypatch.setattr(attention, "can_attend_together", lambda *_: True)
+    assert not (counts := stand_in(monkeypatch))
     stream.kv = KVStore(device=device, kv_dtype=kv_dtype)
     assert (errors(stream, wanted) - alone).abs().median() < 1e-3 < alone.max()
+    assert bool(counts) == (name != "gpt_oss"), "plain prompts attend to the rows that they came with"
