@@ -1,8 +1,9 @@
 """Keys and values in host RAM or on NVMe, and attention beside them on the CPU.
 
 What touches this store runs on one thread, in the order in which forwards have asked for it: new rows are there before
-anything reads them, and a sequence's tokens come in order. Rows and queries come from the device through staging
-memory, by copies that nobody waits for but that thread; results go back the same way.
+anything reads them, and a sequence's tokens come in order. Queries and single tokens' rows come from the device through
+staging memory, by copies that nobody waits for but that thread; results go back the same way. Rows of prompts are
+copied straight to where they rest, if that is pinned memory in which they lie together.
 """
 
 from __future__ import annotations
@@ -134,15 +135,20 @@ class HostKV:
         """Send one layer's new rows of a micro-batch on their way, [T, H, ...] each on the device."""
         kinds = self._kinds[layer] = tuple((tuple(row.shape[1:]), row.dtype) for row in rows)
         coded = tuple(encode(row, self._kv_dtype) for row in rows)
-        nbytes = sum(row.nbytes for row in coded)
+        straight = self._device.type == "cuda" and bool(places.runs)
+        nbytes = 0 if straight else sum(row.nbytes for row in coded)
         self._make_room(nbytes)
-        parts, arrived = self._stage([part for row in coded for part in row.parts])
-        left = iter(parts)
-        staged = tuple(row.map(lambda _: next(left)) for row in coded)
+        if straight:  # prompts, in pieces that are worth a copy each: nobody need touch them on the way
+            self.store.put(layer, places, coded)
+            store = self._arrival()
+        else:
+            parts, arrived = self._stage([part for row in coded for part in row.parts])
+            left = iter(parts)
+            staged = tuple(row.map(lambda _: next(left)) for row in coded)
 
-        def store() -> None:
-            arrived()
-            self.store.put(layer, places, staged)
+            def store() -> None:
+                arrived()
+                self.store.put(layer, places, staged)
 
         self._storing.append((self._submit(store), nbytes))
         return HostRows(self, layer, places, kinds, tuple(row.whole() for row in coded))
@@ -270,11 +276,15 @@ class HostKV:
     def _stage(self, rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         """Start copies to staging memory; return them, and what blocks until they are there."""
         staged = tuple(self._staging(tuple(row.shape), row.dtype).copy_(row, non_blocking=True) for row in rows)
+        return staged, self._arrival()
+
+    def _arrival(self) -> Callable[[], None]:
+        """Return what blocks until all copies are there that have been started."""
         if self._device.type != "cuda":
-            return staged, _nothing
+            return _nothing
         arrived = torch.cuda.Event(blocking=True)  # its waiter sleeps: the cores are for attention
         arrived.record(torch.cuda.current_stream(self._device))
-        return staged, arrived.synchronize
+        return arrived.synchronize
 
 
 def _nothing() -> None:

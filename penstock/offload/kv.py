@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -227,6 +228,7 @@ class KVStore:
         self._sequences: dict[Hashable, _Sequence] = {}
         self._allocator = BlockAllocator()
         self._layers: dict[int, tuple[KeptRows, ...]] = {}
+        self._opening = Lock()
         self._pool: Tensor | None = None
         self._carved = 0
         self._reserved = 0
@@ -390,10 +392,15 @@ class KVStore:
         return self.put(layer, places, tuple(encode(row, self._kv_dtype) for row in rows))
 
     def put(self, layer: int, places: Places, rows: Sequence[CodedRows]) -> Rows:
-        """Store rows as `append` does, which have been encoded before."""
-        kept = self._layers.get(layer)
-        if kept is None or kept[0].codes.shape[0] < self._allocator.num_blocks:
-            kept = self._layers[layer] = self._open(kept, rows)
+        """Store rows as `append` does, which have been encoded before.
+
+        Where `places` has runs, rows may come from a GPU into pinned memory: they are under way when this returns.
+        Several threads may call it, for different tokens.
+        """
+        with self._opening:
+            kept = self._layers.get(layer)
+            if kept is None or kept[0].codes.shape[0] < self._allocator.num_blocks:
+                kept = self._layers[layer] = self._open(kept, rows)
         runs = places.runs if self._device.type == "cpu" else ()  # a GPU has room for all of one call
         for each, new in zip(kept, rows, strict=True):
             if runs:

@@ -20,7 +20,7 @@ from penstock.io.settings import ReadSettings
 from penstock.kernels import paged
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged_reference import attend_paged
-from penstock.offload import homes
+from penstock.offload import homes, kv
 from penstock.offload.blocks import KVCost
 from penstock.offload.disk_kv import DiskRoom
 from penstock.offload.groups import open_kv
@@ -146,6 +146,15 @@ def test_windows_on_the_device(compare, kv_dtype: str) -> None:
 def test_rows_in_host_ram(compare, name: str, kv_dtype: str) -> None:
     """Rows and queries are read no sooner than they have arrived."""
     assert compare(kv_dtype, name, hosted=True, shared=None, windows=False) > 0
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_prompts_go_straight_to_host_ram(compare, monkeypatch, kv_dtype: str) -> None:
+    """Rows that lie together are not staged, and read no sooner than others."""
+    staged = compare(kv_dtype, "plain", hosted=True, shared=None, windows=False)
+    monkeypatch.setattr(kv, "RUN_TOKENS", 2)
+    pieces = compare(kv_dtype, "plain", hosted=True, shared=None, windows=False)
+    assert pieces > staged, "a copy for each prompt"
 
 
 @pytest.mark.parametrize(("name", "kv_dtype"), WAYS)
