@@ -349,7 +349,10 @@ class LLM:
         return self._shape.kv_token_nbytes
 
     def sequences_at_once(self, num_tokens: int) -> int:
-        """Return how many sequences of so many tokens, prompt and completion, have room at the same time."""
+        """Return how many sequences of so many tokens, prompt and completion, have room at the same time.
+
+        For between runs: it tries.
+        """
         return self._homes.at_once(num_tokens)
 
     @property

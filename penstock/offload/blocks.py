@@ -143,14 +143,6 @@ class KVCost:
         besides = self.besides(nbytes, lengths, least=least, num_elsewhere=num_elsewhere)
         return max((nbytes - besides) // self.block_nbytes, 0)
 
-    def at_once(self, nbytes: int, num_tokens: int, *, num_elsewhere: int = 0) -> int:
-        """Return how many sequences of `num_tokens` tokens fit into `nbytes` bytes that are divided for them."""
-        besides = self.besides(nbytes, [num_tokens], num_elsewhere=num_elsewhere)
-        blocks = self.of(num_tokens) - self.sequence_nbytes
-        fit = (nbytes - besides) // blocks if blocks else besides // max(self.sequence_nbytes, 1)
-        here = besides // self.sequence_nbytes - num_elsewhere if self.sequence_nbytes else fit
-        return max(min(fit, here), 0)
-
     def _at_once(self, nbytes: int, lengths: Sequence[int]) -> int:
         """Return how many sequences fit that are as long as these on average."""
         return int(nbytes / (sum(map(self.of, lengths)) / len(lengths)))

@@ -94,10 +94,6 @@ class KVGroups:
         besides = (len(self._states) + 1) * self._cost.sequence_nbytes
         return besides <= self._besides and all(store.fits(num_tokens) for store in self._stores.values())
 
-    def at_once(self, num_tokens: int, *, num_elsewhere: int = 0) -> int:
-        """Return how many sequences of so many tokens have room at once, were the limit divided for them."""
-        return self._cost.at_once(self._limit, num_tokens, num_elsewhere=num_elsewhere)
-
     def could_hold(self, num_tokens: int) -> bool:
         """Say whether a sequence of `num_tokens` tokens could be acquired while none is running."""
         return self._cost.of(num_tokens) <= self._limit

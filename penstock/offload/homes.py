@@ -161,10 +161,17 @@ class KVHomes:
                 ) from None
 
     def at_once(self, num_tokens: int) -> int:
-        """Return how many sequences of so many tokens have room at the same time."""
-        count = self._device.at_once(num_tokens, num_elsewhere=self._elsewhere([num_tokens]))
-        stores = [home.store for home in self.beside.values() if home.store.could_hold(num_tokens)]
-        return count + sum(store.at_once(num_tokens) for store in stores)
+        """Return how many sequences of so many tokens have room at the same time; called while none is running."""
+        self.prepare([num_tokens])
+        tried: list[Hashable] = []
+        try:
+            while self.fits(num_tokens, most=num_tokens):
+                tried.append(("at once", len(tried)))
+                self.acquire(tried[-1], num_tokens=num_tokens, most=num_tokens)
+        finally:
+            for sequence in tried:
+                self.release(sequence)
+        return len(tried)
 
     def acquire(self, sequence: Hashable, *, num_tokens: int, most: int = 0) -> None:
         """Reserve room for a sequence of `num_tokens` tokens, and later up to `most`; `fits` has said yes to both."""

@@ -285,11 +285,6 @@ class KVStore:
         left = self._limit - self._allocator.num_blocks * self._cost.block_nbytes
         return besides <= left and self._blocks_of(num_tokens) <= self._allocator.num_free
 
-    def at_once(self, num_tokens: int, *, num_elsewhere: int = 0) -> int:
-        """Return how many sequences of so many tokens have room at once, were the limit divided for them."""
-        assert self._limit is not None, "without a limit there is room for any number"
-        return self._cost.at_once(self._limit, num_tokens, num_elsewhere=num_elsewhere)
-
     def could_hold(self, num_tokens: int) -> bool:
         """Say whether a sequence of `num_tokens` tokens could be acquired while none is running."""
         return self._limit is None or self._cost.of(num_tokens) <= self._limit

@@ -91,6 +91,15 @@ def test_sampled_tokens_depend_on_seed_and_request_only(tiny_llama, device):
     assert [o.outputs[0].token_ids for o in together] != [o.outputs[0].token_ids for o in other]
 
 
+def test_as_many_run_at_once_as_it_says(tiny_llama, device):
+    params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+    with LLM(tiny_llama, tiers=MemoryTiers(device="1200KiB", host=0), device=device, compile=False) as llm:
+        for length in (30, 31, 60):
+            count = llm.sequences_at_once(length + 10)
+            llm.generate([[5] * length] * (count + 3), params)
+            assert llm.last_run.peak_sequences == count > 1
+
+
 def test_more_requests_than_memory_holds_at_once_all_finish(tiny_llama, expected, device):
     with open_llm(tiny_llama, device, "disk only, one slot") as llm:
         outputs = llm.generate(PROMPTS * 6, GREEDY)
