@@ -249,10 +249,13 @@ class HostKV:
         """Let what is under way end, and the thread with it. Sequences may still be released."""
         if not self._closed:
             self._closed = True
-            self._thread.shutdown(cancel_futures=True)
-            self._last = None
-            self._storing.clear()
-            self.store.close()
+            try:
+                self._arrival()()  # rows on their way straight to the store, which goes now
+            finally:
+                self._thread.shutdown(cancel_futures=True)
+                self._last = None
+                self._storing.clear()
+                self.store.close()
 
     def _make_room(self, nbytes: int) -> None:
         """Wait until new rows may be under way besides those that are."""
