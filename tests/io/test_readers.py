@@ -219,7 +219,8 @@ def test_memory_that_o_direct_cannot_reach(make_reader, make_file, caplog):
         reader.wait(reader.submit([Read(file, MIB, target)]))
         reader.wait(reader.submit([Read(file, 2 * MIB, target)]))
     assert target == content[2 * MIB :]
-    assert (reader.statistics().reads, reader.statistics().buffered_reads) == (16, 16)
+    assert reader.statistics().reads == 16
+    assert 8 < reader.statistics().buffered_reads <= 16, "one on its way at the refusal counts as direct"
     assert ["Bad address" in record.message for record in caplog.records] == [True]
 
 
