@@ -31,8 +31,9 @@ from penstock.engine.outputs import RequestOutput, ScoreOutput
 from penstock.engine.planner import Objective
 from penstock.engine.planning import USUAL_WORK, kept_profile, plan_run
 from penstock.engine.prepare import Preparer
+from penstock.engine.rates import measured, rates_of
 from penstock.engine.recorder import PassRecorder
-from penstock.engine.rehearsal import call_seconds, layer_times, rehearse, rehearse_compiled
+from penstock.engine.rehearsal import rehearse, rehearse_compiled
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.request import Prompt, Request, ScoreRequest, is_whole, requests_of, score_requests_of
 from penstock.engine.results import completion_of, score_of
@@ -41,6 +42,7 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.engine.startup import StartUp
+from penstock.engine.warm_up import warm_up
 from penstock.errors import (
     BudgetError,
     ClosedError,
@@ -161,7 +163,11 @@ class LLM:
         self._shape = self._rehearse(known, limits, compile)
         if tiers == "auto":
             hardware, expects = hardware or kept_profile(), expects or USUAL_WORK
-        self._known_machine = machine = self._machine(hardware, known, limits, measures=bool(expects))
+        self._known_machine = machine = rates_of(hardware, self._model, self.path) if hardware else None
+        if machine and expects:
+            options: dict[str, Any] = {"tiers": known, "limits": limits, "kernel_directory": kernel_directory}
+            machine = measured(machine, self._model, self._executor, self._shape, **options)
+            self._known_machine = machine
         self._forget_rehearsals()
         self.plan, self._forecast, self._why = plan_run(
             self._shape,
@@ -201,9 +207,19 @@ class LLM:
         return CodeOnLoad(self._codec, self._device, self._io)
 
     def _rehearse(self, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]) -> ModelShape:
-        """Learn what the model costs, and compile its layers for the micro-batches that it will have."""
+        """Learn what the model costs, and have all code for it that is compiled at some time."""
         shape = rehearse(self._model, self._executor, sampler_nbytes=self._sampler.nbytes, kv_dtype=self._kv_dtype)
         self._start_up.end("rehearsal")
+        shape = self._compile(shape, known, limits, wanted)
+        if self._device.type == "cuda":
+            warm_up(self._model, self._executor, kv_dtype=self._kv_dtype)
+            self._start_up.end("kernels")
+        return shape
+
+    def _compile(
+        self, shape: ModelShape, known: MemoryTiers, limits: PassLimits, wanted: bool | Literal["auto"]
+    ) -> ModelShape:
+        """Compile the layers for the micro-batches that they will have; return what the model costs then."""
         reason = why_not_compile(self._device) if wanted == "auto" else None if wanted else "it was not wanted"
         self._compiles = reason is None
         if reason is not None:
@@ -218,43 +234,6 @@ class LLM:
             self._compiler.leave_eager("compiled code needs more workspace than the budget leaves")
             return shape
         return compiled
-
-    def _machine(
-        self,
-        hardware: HardwareProfile | Peaks | Machine | None,
-        known: MemoryTiers,
-        limits: PassLimits,
-        *,
-        measures: bool,
-    ) -> Machine | None:
-        """Return the rates of this model's passes; what its layers take is measured where it is asked for."""
-        if hardware is None:
-            return None
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        if isinstance(hardware, Peaks):
-            machine = hardware.machine(dtype)
-        elif isinstance(hardware, HardwareProfile):
-            machine = Machine.of(hardware, self.path, dtype=dtype, on_cpu=self._device.type == "cpu")
-        else:
-            machine = hardware
-        return self._measured(machine, known, limits) if measures else machine
-
-    def _measured(self, machine: Machine, known: MemoryTiers, limits: PassLimits) -> Machine:
-        """Add what layers take a CPU in micro-batches of the usual plan, or what issuing one takes it.
-
-        Experts are not timed: over zeros, tokens all go to the same ones.
-        """
-        flops = count_flops(self._model)
-        if self._device.type == "cpu" and flops is not None and not flops.expert_nbytes:
-            try:
-                usual = make_plan(self._shape, known, limits)
-            except BudgetError:  # the planner may find another one
-                return machine
-            sizes = {"num_tokens": usual.micro_batch_tokens, "free_nbytes": usual.kv_nbytes}
-            times = layer_times(self._model, self._executor, **sizes)
-            return replace(machine, layer_times=machine.layer_times or times)
-        seconds = call_seconds(self._model, self._executor, reads=machine.device_memory)
-        return replace(machine, call_seconds=machine.call_seconds or seconds)
 
     def _forget_rehearsals(self) -> None:
         """Give back what they have taken, before what the plan says is taken."""
@@ -278,6 +257,7 @@ class LLM:
                 machine,
                 call_seconds=machine.call_seconds or known.call_seconds,
                 layer_times=machine.layer_times or known.layer_times,
+                attention=machine.attention or known.attention,
             )
         return forecast(
             self.plan, machine, flops, lengths, cost=self._kv_cost, splits_prompts=self._model.splits_prompts

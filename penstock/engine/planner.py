@@ -44,6 +44,9 @@ _HOST_SHARES = (0.0, 0.25, 0.5, 1.0)
 _MOST_WAVES = 4
 _FEW_TOKENS = 256
 
+_LARGE_TOKENS = 16384
+"""Micro-batches need not be larger: reading the weights once for so many takes a percent of their arithmetic."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -271,7 +274,8 @@ def _neighbours(best: Choice, free: Collection[str], usual_slots: int) -> Iterat
             yield replace(at, pass_tokens=max(int(at.pass_tokens * factor), at.micro_batch_tokens))
     if "micro_batch_tokens" in free:
         for factor in (2, 4):  # smaller ones are worse than arithmetic and bytes can tell
-            yield replace(at, micro_batch_tokens=min(at.micro_batch_tokens * factor, at.pass_tokens))
+            tokens = min(at.micro_batch_tokens * factor, at.pass_tokens, _LARGE_TOKENS)
+            yield replace(at, micro_batch_tokens=max(tokens, at.micro_batch_tokens))
 
 
 def _other_layers(best: Choice) -> Iterator[PassLimits]:

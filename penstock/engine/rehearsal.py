@@ -37,7 +37,10 @@ from penstock.offload.layout import Layout
 from penstock.offload.plan import ModelShape, WindowLayer, window_workspace
 from penstock.offload.tiers import format_size
 
-__all__ = ["call_seconds", "dissect", "layer_times", "rehearse", "rehearse_compiled"]
+__all__ = [
+    "EnoughError", "bind_to_zeros", "call_seconds", "dissect", "layer_times", "rehearse", "rehearse_compiled",
+    "run_alone",
+]  # fmt: skip
 
 NUM_TOKENS = 32
 MAX_SCORES = 1 << 20
@@ -69,13 +72,13 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
     Binds every unit of `model` to scratch memory that is gone afterwards: bind again before use.
     """
     layers = model.layer_layouts
-    resident, scratch = _bind_to_zeros(model)
+    resident, scratch = bind_to_zeros(model)
     kv = _store(model, kv_dtype, NUM_TOKENS)
     watch = _Watch()
     executor.weights = _Nothing(watch)
     batch = _Listening((Span(0, 0, NUM_TOKENS),), kv, MAX_SCORES)
     with watch:
-        logits = _run(model, executor, batch)
+        logits = run_alone(model, executor, batch)
     converting = 2 * _conversion_peak((*layers, model.resident), scratch, resident)  # two threads may convert at once
     row = logits.shape[-1] * logits.element_size()
     cost = kv.measure()
@@ -121,16 +124,16 @@ def rehearse_compiled(
     num_tokens = min(num_tokens, COMPILED_TOKENS[model.device.type], model.context_length or num_tokens)
     num_tokens = max(3, (num_tokens - 1) | 1)  # odd: a size that no other dimension has stays a size of its own
     spans = (Span(0, 0, num_tokens),)
-    buffers = _bind_to_zeros(model)
+    buffers = bind_to_zeros(model)
     executor.weights = _Nothing(_Watch())
     with compiler.compiling():
         kv = _store(model, shape.kv_dtype, num_tokens)
-        _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
+        run_alone(model, executor, MicroBatch(spans, kv, MAX_SCORES))
     if model.device.type == "cuda" and compiler.report().num_compiled:
         before = torch.cuda.memory_allocated(model.device)
         kv = _store(model, shape.kv_dtype, num_tokens)
         torch.cuda.reset_peak_memory_stats(model.device)
-        _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
+        run_alone(model, executor, MicroBatch(spans, kv, MAX_SCORES))
         peak = torch.cuda.max_memory_allocated(model.device) - before - kv.measure().of(num_tokens)
         shape = replace(shape, workspace_nbytes=max(shape.workspace_nbytes, -(-peak // num_tokens)))
     del buffers
@@ -148,7 +151,7 @@ def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | Non
     on_cpu = model.device.type == "cpu"
     if on_cpu and largest > _LARGE_NBYTES:
         return 0.0
-    buffers = _bind_to_zeros(model)
+    buffers = bind_to_zeros(model)
     executor.weights = drained = _Drained(model.device)
     least = float("inf")
     for _ in range(_PASSES):
@@ -156,7 +159,7 @@ def call_seconds(model: StreamedModel, executor: Executor, *, reads: float | Non
         drained.wait()
         drained.waited_seconds = 0.0
         began = time.perf_counter()
-        _run(model, executor, batch)
+        run_alone(model, executor, batch)
         least = min(least, time.perf_counter() - began - drained.waited_seconds)
     del buffers
     reading = largest / reads if on_cpu and reads else 0.0
@@ -169,7 +172,7 @@ def layer_times(model: StreamedModel, executor: Executor, *, num_tokens: int, fr
     That is the faster of the first two layers, of which nothing is in the caches: `free_nbytes` may be taken to make
     sure of that. Takes some seconds for layers of gigabytes.
     """
-    _, weights = _bind_to_zeros(model)
+    _, weights = bind_to_zeros(model)
     weights.zero_()  # pages that were never written are all the same one
     executor.weights = timed = _Timed(min(_CACHES_NBYTES, free_nbytes))
 
@@ -178,8 +181,8 @@ def layer_times(model: StreamedModel, executor: Executor, *, num_tokens: int, fr
         for span in spans:
             kv.acquire(span.sequence, num_tokens=span.end)
             kv.assume(span.sequence, num_tokens=span.start)
-        with suppress(_EnoughError):
-            _run(model, executor, MicroBatch(spans, kv, MAX_SCORES))
+        with suppress(EnoughError):
+            run_alone(model, executor, MicroBatch(spans, kv, MAX_SCORES))
         return kv
 
     def measure(*spans: Span) -> tuple[int, float]:
@@ -242,7 +245,7 @@ def dissect(directory: Path, *, dtype: str = "auto", kv_dtype: str = "auto") -> 
     )
 
 
-def _bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
+def bind_to_zeros(model: StreamedModel) -> tuple[Tensor, Tensor]:
     """Bind the resident unit, and all layers to one buffer; return both."""
     resident = torch.zeros(model.resident.nbytes, dtype=torch.uint8, device=model.device)
     largest = max(layout.nbytes for layout in model.layer_layouts)
@@ -272,8 +275,8 @@ class _Listening(MicroBatch):
         self.windows[layer] = None if known is None or window is None else max(known, window)
 
 
-def _run(model: StreamedModel, executor: Executor, batch: MicroBatch) -> Tensor:
-    """Run one prompt; return its last token's logits [1, vocab]."""
+def run_alone(model: StreamedModel, executor: Executor, batch: MicroBatch) -> Tensor:
+    """Run one micro-batch of zeros; return its last token's logits [1, vocab]."""
     num_tokens = batch.num_tokens
     tokens = torch.zeros(num_tokens, dtype=torch.int64, device=model.device)
     keep = torch.tensor([num_tokens - 1], device=model.device)
@@ -305,8 +308,8 @@ class _Nothing:
         yield
 
 
-class _EnoughError(Exception):
-    """Breaks a pass off."""
+class EnoughError(Exception):
+    """A weight source raises it to break a pass off."""
 
 
 class _Timed:
@@ -319,7 +322,7 @@ class _Timed:
     @contextmanager
     def layer(self, index: int) -> Iterator[None]:
         if index == _TIMED_LAYERS:
-            raise _EnoughError
+            raise EnoughError
         self._filler.add_(1)
         began = time.perf_counter()
         yield

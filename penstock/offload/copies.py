@@ -150,9 +150,8 @@ class CudaCopies(Copies):
 
     asynchronous = True
 
-    def __init__(self, device: torch.device, trace: Trace | None = None, piece_nbytes: int | None = None) -> None:
+    def __init__(self, device: torch.device, trace: Trace | None = None) -> None:
         super().__init__(trace, CudaClock(device))
-        self._piece = piece_nbytes
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._expansions = torch.cuda.Stream(device)
@@ -203,12 +202,6 @@ class CudaCopies(Copies):
             logger.warning("decoders are not recorded: %s", error)
             return issue
 
-    def copy(self, destination: Tensor, source: Tensor) -> None:
-        """Copy at once, or in pieces."""
-        size = self._piece or max(source.numel(), 1)
-        for into, piece in zip(destination.split(size), source.split(size), strict=True):
-            into.copy_(piece, non_blocking=True)
-
     def mark(self) -> Any:
         """Record an event on the copy stream."""
         event = torch.cuda.Event()
@@ -244,6 +237,6 @@ class CudaCopies(Copies):
             mark.synchronize()
 
 
-def copies_for(device: torch.device, trace: Trace | None = None, *, piece_nbytes: int | None = None) -> Copies:
-    """Return the copies that suit a device; those over a bus go in pieces of that size, where it is given."""
-    return CudaCopies(device, trace, piece_nbytes) if device.type == "cuda" else Copies(trace)
+def copies_for(device: torch.device, trace: Trace | None = None) -> Copies:
+    """Return the copies that suit a device."""
+    return CudaCopies(device, trace) if device.type == "cuda" else Copies(trace)

@@ -17,7 +17,7 @@ from penstock.offload.plan import Plan
 
 __all__ = [
     "COMPUTING", "EXPANDING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "OUTSIDE_SECONDS",
-    "PRODUCTS", "STORING", "LayerTimes", "Machine", "PassCost", "pass_cost",
+    "PRODUCTS", "STORING", "HostAttention", "LayerTimes", "Machine", "PassCost", "pass_cost",
 ]  # fmt: skip
 
 COMPUTING = "computing"
@@ -27,15 +27,16 @@ ISSUING = "issuing"
 HOST_ATTENTION = "host_attention"
 
 BESIDE_THE_LINK = 0.6
-"""The share of its rate that host RAM keeps for a reader while the link takes what it can: 82 of 138 GB/s beside a
-full-rate PCIe 5 stream."""
+"""The share of its rate that host RAM keeps for a reader while the link takes what it can, where that was not measured:
+82 of 138 GB/s beside a full-rate PCIe 5 stream."""
 
-STORING = 4
-"""How often host memory moves a row that goes into host RAM: it arrives, is read, and is written, which reads too."""
+STORING = 3
+"""How often host memory moves a row that a processor puts into host RAM: it is read, and written, which reads too. What
+a GPU sends there it writes once."""
 
-PRODUCTS = 0.9
-"""The share of a GPU's rate for large products that layers reach, attention included: those of 8B and 30B models
-0.88 and 0.89 in micro-batches of 2,048 tokens, those of 70B ones 0.95 in larger ones."""
+PRODUCTS = 0.97
+"""The share of a GPU's rate for large products that layers reach, attention included, where reading the weights is
+counted besides, as if nothing hid it: 0.9 to 0.97 for models of 8B to 70B in micro-batches of 1,024 to 8,192."""
 
 OUTSIDE_SECONDS = 0.003
 """What a pass takes beside its layers where a GPU waits for the processor: scheduling it, and choosing tokens."""
@@ -69,12 +70,25 @@ class LayerTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class HostAttention:
+    """Attention in host RAM, measured: bytes per second, alone and beside the link, and seconds that a layer waits.
+
+    `turn_seconds` is what goes by in a layer before attention starts and after it ends: nothing is read meanwhile.
+    """
+
+    alone: float
+    beside_link: float
+    turn_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """Rates that bound a pass, in bytes and FLOP per second. None: not measured, and fatal where it is needed.
 
     `device_memory` is how fast computing reads weights, keys and values, `host_read` how fast a processor reads host
-    RAM. `call_seconds` is what issuing one layer for one micro-batch takes the processor: a GPU computes meanwhile,
-    and where the processor is the device, it comes on top of computing. With `layer_times`, layers take what they say.
+    RAM; with `attention`, attention there takes what it says. `call_seconds` is what issuing one layer for one
+    micro-batch takes the processor: a GPU computes meanwhile, and where the processor is the device, it comes on top of
+    computing. With `layer_times`, layers take what they say.
     """
 
     host_to_device: float | None
@@ -82,6 +96,7 @@ class Machine:
     flops: float | None
     device_memory: float | None
     host_read: float | None = None
+    attention: HostAttention | None = None
     call_seconds: float = 0.0
     on_cpu: bool = False
     layer_times: LayerTimes | None = None
@@ -100,6 +115,12 @@ class Machine:
             host_read=links.host_read,
             on_cpu=on_cpu,
         )
+
+    def attends(self, *, beside_link: bool) -> float | None:
+        """Return the bytes of keys and values in host RAM that attention there reads in a second; None: not known."""
+        if self.attention is not None:
+            return self.attention.beside_link if beside_link else self.attention.alone
+        return self.host_read and self.host_read * (BESIDE_THE_LINK if beside_link else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +169,19 @@ def pass_cost(
 ) -> PassCost:
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
-    Computing takes as long as its arithmetic or its reading, whichever is longer, and `layers_seconds` besides, and
-    what it takes to expand layers that are packed. `num_calls` are the layers of all micro-batches. A processor reads
-    the `host_kv_nbytes` of keys and values that lie in host RAM and stores `stored_kv_nbytes` of new ones, at what the
-    link leaves of its rate; where the processor is the device, it computes nothing meanwhile, nor while it copies.
+    Computing takes as long as its arithmetic, its reading, `layers_seconds`, and expanding layers that are packed, one
+    after the other: products of few tokens are all reading, those of many all arithmetic. `num_calls` are the layers of
+    all micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM and stores
+    `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the processor is the device, it computes
+    nothing meanwhile, nor while it copies.
     `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises
     ProfileError when a rate that the pass depends on has not been measured.
     """
     reached = 1.0 if machine.on_cpu else PRODUCTS
-    computing = max(
-        _seconds("arithmetic", flops / reached, machine.flops),
-        _seconds("the device's memory", weight_nbytes, machine.device_memory),
-    )
-    computing += layers_seconds + _seconds(
-        "the device's memory", EXPANDING * plan.expanded_nbytes, machine.device_memory
-    )
+    arithmetic = _seconds("arithmetic", flops / reached, machine.flops)
+    reading = _seconds("the device's memory", weight_nbytes, machine.device_memory)
+    expanding = _seconds("the device's memory", EXPANDING * plan.expanded_nbytes, machine.device_memory)
+    computing = arithmetic + reading + layers_seconds + expanding
     streamed = plan.host_nbytes + plan.nvme_nbytes
     busy = {
         COMPUTING: computing,
@@ -175,9 +194,10 @@ def pass_cost(
     elif issuing:
         busy[ISSUING] = issuing
     if host_kv_nbytes or stored_kv_nbytes:
-        moved = host_kv_nbytes + STORING * stored_kv_nbytes
-        reading = _seconds("host memory", moved, machine.host_read)
-        reading = reading / BESIDE_THE_LINK if streamed else reading
+        moved = host_kv_nbytes + (STORING if machine.on_cpu else 1) * stored_kv_nbytes
+        reading = _seconds("host memory", moved, machine.attends(beside_link=bool(streamed)))
+        if host_kv_nbytes and machine.attention is not None:
+            reading += len(plan.tiers) * machine.attention.turn_seconds
         name = COMPUTING if machine.on_cpu else HOST_ATTENTION
         busy[name] = busy.get(name, 0.0) + reading
     return PassCost(busy, overlaps=plan.num_slots != 1, outside=0.0 if machine.on_cpu else OUTSIDE_SECONDS)

@@ -30,10 +30,15 @@ from penstock.offload.kv import KVStatistics, KVStore
 from penstock.offload.tiers import Tier
 from penstock.offload.trace import KV_ATTENTION, Trace
 
-__all__ = ["HomesStatistics", "KVHomes"]
+__all__ = ["HomesStatistics", "KVHomes", "attention_threads"]
 
 OTHER_THREADS = 3
 """Cores that attention leaves alone: for the forwards, the disk and the copies."""
+
+
+def attention_threads() -> int:
+    """Return how many threads attention beside the device has."""
+    return max(available_cores() - OTHER_THREADS, 1)
 
 
 _THERE = {Tier.HOST: "in host RAM", Tier.NVME: "on NVMe"}
@@ -115,7 +120,7 @@ class KVHomes:
             store,
             states=self._device,
             attend=load_attend_paged(directory),
-            num_threads=max(available_cores() - OTHER_THREADS, 1),
+            num_threads=attention_threads(),
             **options,
         )
         cleanup.callback(home.close)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged_cpu import AttendPaged
+from penstock.kernels.pinned import read_pinned
 from penstock.offload.clock import Clock, Stopwatch
 from penstock.offload.copies import CudaClock
 from penstock.offload.groups import KVGroups
@@ -119,6 +120,7 @@ class HostKV:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="penstock-attention")
         self._last: Future[Any] | None = None
         self._storing: deque[tuple[Future[None], int]] = deque()
+        self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self.attention_seconds = 0.0
         self._closed = False
 
@@ -230,10 +232,22 @@ class HostKV:
         finally:
             self._watch.end(_WAITING, waiting, lane=STALLS)
 
+    def send(self, rows: Tensor, *, out: Tensor) -> None:
+        """Copy rows that the thread has made onto `out` on the device, past the weights that are on their way."""
+        read_pinned(rows, out=out)
+        if self._device.type == "cuda":
+            self._forget()
+            self._leaving.append((self._arrived(), rows))  # nothing else may have the memory until then
+
+    def _forget(self) -> None:
+        while self._leaving and self._leaving[0][0].query():
+            self._leaving.popleft()
+
     def settle(self) -> None:
         """Block until all rows are stored. Raises what went wrong with any of them."""
         while self._storing:
             self.wait(self._storing.popleft()[0])
+        self._forget()
         if self._last is not None and self._last.done():
             self._last = None  # its result may be a view of the store
 
@@ -255,6 +269,7 @@ class HostKV:
                 self._thread.shutdown(cancel_futures=True)
                 self._last = None
                 self._storing.clear()
+                self._leaving.clear()
                 self.store.close()
 
     def _make_room(self, nbytes: int) -> None:
@@ -283,11 +298,13 @@ class HostKV:
 
     def _arrival(self) -> Callable[[], None]:
         """Return what blocks until all copies are there that have been started."""
-        if self._device.type != "cuda":
-            return _nothing
-        arrived = torch.cuda.Event(blocking=True)  # its waiter sleeps: the cores are for attention
-        arrived.record(torch.cuda.current_stream(self._device))
-        return arrived.synchronize
+        return self._arrived().synchronize if self._device.type == "cuda" else _nothing
+
+    def _arrived(self) -> torch.cuda.Event:
+        """Record an event after all that has been issued."""
+        event = torch.cuda.Event(blocking=True)  # its waiter sleeps: the cores are for attention
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def _nothing() -> None:

@@ -166,11 +166,6 @@ class Plan:
     expanded_nbytes: int = 0
 
     @property
-    def keeps_beside(self) -> bool:
-        """Whether keys and values have a home beside the device."""
-        return self.kv_host_nbytes > 0 or self.kv_nvme_nbytes > 0
-
-    @property
     def device_nbytes(self) -> int:
         """Bytes that the device will hold at most."""
         slots = self.num_slots * self.slot_nbytes

@@ -41,10 +41,6 @@ __all__ = ["StreamStatistics", "WeightStream"]
 
 _LAYERS = "layers"
 
-_PIECE_NBYTES = 16 << 20
-"""Layers travel in such pieces where attention beside the device sends small results over the same link: each may have
-to wait for a piece, never for a layer."""
-
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
@@ -128,7 +124,7 @@ class WeightStream:
         self._resident_layout = resident
         self._device = device
         self._trace = trace
-        self._copies = copies_for(device, trace, piece_nbytes=_PIECE_NBYTES if plan.keeps_beside else None)
+        self._copies = copies_for(device, trace)
         self._watch = Stopwatch(self._copies.clock, trace)
         self._entered: Any = None
         self._moved = self._decoded = 0

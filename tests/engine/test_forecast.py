@@ -22,7 +22,6 @@ from penstock.offload.cost import (
     NVME_TO_HOST,
     OUTSIDE_SECONDS,
     PRODUCTS,
-    STORING,
     LayerTimes,
     Machine,
 )
@@ -77,7 +76,7 @@ def test_attention_in_host_ram_by_hand():
     found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 3, cost=COST)
     assert (found.passes, found.peak_sequences) == (4, 3)
     # Two that see 9, 10 and 11 tokens and store 11, at what a full-rate link leaves of the rate.
-    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(2 * (30 + 11 * STORING) * 10 / 1e3 / 0.6)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(2 * (30 + 11) * 10 / 1e3 / 0.6)
     assert found.bottleneck == HOST_ATTENTION
     with pytest.raises(ProfileError, match="host memory"):
         forecast(plan, MACHINE, model(), [Length(8, 4)] * 3, cost=COST)
@@ -91,7 +90,7 @@ def test_hosted_layers_with_windows_keep_all_and_read_what_they_see():
     found = forecast(plan, machine, model(per_token=0), [Length(8, 4)] * 2, cost=windowed)
     assert found.peak_sequences == 2, "two have room for all of their tokens"
     read = 2 * sum(map(windowed.seen_nbytes, (9, 10, 11)))
-    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx((read + 2 * 11 * 10 * STORING) / 1e3 / 0.6)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx((read + 2 * 11 * 10) / 1e3 / 0.6)
 
 
 def test_keys_and_values_on_nvme_by_hand():
@@ -115,12 +114,12 @@ def test_four_bit_rows_in_host_ram_are_copied_to_the_device():
     machine = replace(MACHINE, host_to_device=1e3, host_read=1e6)
     found = forecast(plan, machine, model(per_token=0), [Length(8, 4)], cost=COST)
     assert found.busy_seconds[HOST_TO_DEVICE] == pytest.approx((8 + 9 + 10) * 10 / 1e3)
-    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(STORING * 11 * 10 / 1e6)
+    assert found.busy_seconds[HOST_ATTENTION] == pytest.approx(11 * 10 / 1e6)
 
 
 def test_micro_batches_read_the_weights_again():
     plan = make_plan_of(kv_nbytes=10**6, micro_batch_tokens=16, pass_tokens=64)
-    quick = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e15, device_memory=1e9)
+    quick = Machine(host_to_device=1e9, nvme_to_host=1e9, flops=1e21, device_memory=1e9)
     found = forecast(plan, quick, model(shared_nbytes=10**6), [Length(64, 1)], cost=COST)
     assert found.seconds == pytest.approx(4e-3 + OUTSIDE_SECONDS)
 

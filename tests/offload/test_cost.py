@@ -14,6 +14,8 @@ from penstock.offload.cost import (
     NVME_TO_HOST,
     OUTSIDE_SECONDS,
     PRODUCTS,
+    STORING,
+    HostAttention,
     LayerTimes,
     Machine,
     PassCost,
@@ -26,14 +28,14 @@ MACHINE = Machine(host_to_device=50e9, nvme_to_host=2e9, flops=100e12, device_me
 def test_each_resource_by_itself():
     plan = make_plan_of(host_nbytes=40 * 10**9, nvme_nbytes=10 * 10**9)
     cost = pass_cost(plan, MACHINE, flops=PRODUCTS * 200e12, weight_nbytes=1e12)
-    assert cost.busy == {COMPUTING: 2.0, HOST_TO_DEVICE: 1.0, NVME_TO_HOST: 5.0}
+    assert cost.busy == {COMPUTING: 3.0, HOST_TO_DEVICE: 1.0, NVME_TO_HOST: 5.0}
     assert (cost.bottleneck, cost.seconds) == (NVME_TO_HOST, 5.0 + OUTSIDE_SECONDS)
 
 
-def test_computing_reads_or_multiplies_whichever_takes_longer():
+def test_computing_multiplies_and_reads():
     plan = make_plan_of()
-    assert pass_cost(plan, MACHINE, flops=100e12, weight_nbytes=3e12).busy[COMPUTING] == 3.0
-    assert pass_cost(plan, MACHINE, flops=PRODUCTS * 400e12, weight_nbytes=3e12).busy[COMPUTING] == 4.0
+    assert pass_cost(plan, MACHINE, flops=0, weight_nbytes=3e12).busy[COMPUTING] == 3.0
+    assert pass_cost(plan, MACHINE, flops=PRODUCTS * 400e12, weight_nbytes=3e12).busy[COMPUTING] == 7.0
 
 
 def test_keys_and_values_in_host_ram():
@@ -45,6 +47,15 @@ def test_keys_and_values_in_host_ram():
     busy = pass_cost(streaming, machine, flops=0, weight_nbytes=0, host_kv_nbytes=60e9, copied_kv_nbytes=50e9).busy
     assert busy[HOST_ATTENTION] == pytest.approx(1.0)
     assert busy[HOST_TO_DEVICE] == pytest.approx(1.0)
+    measured = replace(machine, attention=HostAttention(alone=100e9, beside_link=80e9, turn_seconds=0.25))
+    for plan, rate in ((make_plan_of(), 100e9), (streaming, 80e9)):
+        turns = len(plan.tiers) * 0.25
+        busy = pass_cost(plan, measured, flops=0, weight_nbytes=0, host_kv_nbytes=rate).busy
+        assert busy[HOST_ATTENTION] == 1.0 + turns
+        busy = pass_cost(plan, measured, flops=0, weight_nbytes=0, stored_kv_nbytes=rate).busy
+        assert busy[HOST_ATTENTION] == 1.0, "what is only stored has no turns"
+    stored = pass_cost(plan, replace(machine, on_cpu=True), flops=0, weight_nbytes=0, stored_kv_nbytes=60e9).busy
+    assert stored[COMPUTING] == pytest.approx(STORING * 1.0), "a processor reads and writes what it stores"
     on_cpu = replace(machine, on_cpu=True)
     busy = pass_cost(make_plan_of(), on_cpu, flops=100e12, weight_nbytes=0, host_kv_nbytes=200e9).busy
     assert busy[COMPUTING] == 3.0

@@ -48,7 +48,7 @@ def attend_hosted(query: Tensor, kept: HostRows, rule: Rule) -> Tensor:
     if beside is not None or ahead is not None:
         park()
     if beside is not None:
-        made[:count].copy_(kept.home.wait(beside), non_blocking=True)
+        kept.home.send(kept.home.wait(beside), out=made[:count])
     for part in parts:
         assert ahead is not None
         known = kept.home.wait(ahead)
@@ -100,7 +100,7 @@ def _joined(
     for number, rows in enumerate(known):
         new = kept.new[number][begin:end, heads] if kept.new else rows[:0]
         made = torch.empty((len(rows) + len(new), *rows.shape[1:]), dtype=rows.dtype, device=device)
-        made[: len(rows)].copy_(rows, non_blocking=True)
+        kept.home.send(rows, out=made[: len(rows)])
         made[len(rows) :] = new
         whole.append(made)
     return kept.both(tuple(whole))
