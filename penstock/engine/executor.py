@@ -8,13 +8,15 @@ No stream, autocast or grad context may be entered inside a forward and left in 
 greenlet. They are entered here, around the whole pass.
 
 A forward whose attention is computed beside the device switches back inside a layer, too: it is *parked*. The other
-micro-batches go on to the next layer before it does.
+micro-batches go on to the next layer before it does. Where the weights of two layers may be held at a time, the first
+one that was parked goes into the next layer and is parked there while others are still parked in the layer before: then
+attention beside the device never waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ class Executor:
 
     `weights` is where they get their parameters; it may be set or exchanged between passes. So may `traced`, which puts
     every layer of every micro-batch into a trace. At most `parked_tokens` tokens, or one micro-batch's, are parked at a
-    time, which bounds the activations that they hold.
+    time, which bounds the activations that they hold. `runs_ahead` lets some enter a layer while others are parked in
+    the one before: then `weights` must hand out both.
     """
 
     def __init__(self, layers: Sequence[nn.Module], weights: WeightSource | None = None) -> None:
@@ -48,6 +51,7 @@ class Executor:
         self.weights = weights
         self.traced: Traced | None = None
         self.parked_tokens = 0
+        self.runs_ahead = False
         for index, layer in enumerate(layers):
             _gate(layer, index)
 
@@ -59,28 +63,41 @@ class Executor:
         assert self.weights is not None
         runs = [self._start(number, *batch) for number, batch in enumerate(batches)]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), ExitStack() as behind:
                 for run in runs:
                     run.advance(to=0)
                 for index in range(self._num_layers):
-                    with self.weights.layer(index):
-                        self._advance(runs, to=index + 1)
+                    with ExitStack() as ahead:
+                        self._run_layer(runs, index, behind, ahead)
+                        behind.push(ahead.pop_all())
+                    if not self.runs_ahead or index == self._num_layers - 1:
+                        _resume([run for run in runs if run.is_parked], to=index + 1)
+                    if not any(run.is_parked for run in runs):
+                        behind.close()
         finally:
             for run in runs:
                 run.unwind()
         return [run.result() for run in runs]
 
-    def _advance(self, runs: Sequence[_Run], *, to: int) -> None:
-        """Run a layer for every micro-batch; those that are parked go on when all others have gone through it."""
-        parked: list[_Run] = []
-        for run in runs:
-            run.advance(to=to)
+    def _run_layer(self, runs: Sequence[_Run], index: int, behind: ExitStack, ahead: ExitStack) -> None:
+        """Advance every micro-batch through a layer, which is `ahead`; those that are parked `behind` it leave that."""
+        assert self.weights is not None
+        for number, run in enumerate(runs):
             if run.is_parked:
-                if sum(other.num_tokens for other in (*parked, run)) > self.parked_tokens:
-                    _resume(parked, to=to)
-                    parked = []
-                parked.append(run)
-        _resume(parked, to=to)
+                _resume([run], to=index)
+                if not any(later.is_parked for later in runs[number + 1 :]):
+                    behind.close()
+            if not number:
+                ahead.enter_context(self.weights.layer(index))
+            run.advance(to=index + 1)
+            if run.is_parked and self._parks_too_much(runs):
+                _resume([one for one in runs[number + 1 :] if one.is_parked], to=index)
+                behind.close()
+                if self._parks_too_much(runs):
+                    _resume([one for one in runs[:number] if one.is_parked], to=index + 1)
+
+    def _parks_too_much(self, runs: Sequence[_Run]) -> bool:
+        return sum(run.num_tokens for run in runs if run.is_parked) > self.parked_tokens
 
     def _start(self, number: int, batch: MicroBatch, forward: Forward) -> _Run:
         return _Run(batch, forward) if self.traced is None else _TracedRun(number, batch, forward, self.traced)

@@ -222,6 +222,7 @@ def forecast(
         micro_batch_tokens=plan.micro_batch_tokens,
         pass_tokens=plan.pass_tokens,
         splits_prompts=splits_prompts,
+        split_tokens=None if machine.on_cpu else plan.split_tokens(cost.token_nbytes),
     )
     scheduler.feed(_sequences(every))
     return _Tally(every, room, _Costs(plan, machine, model, cost)).run(scheduler, max_passes)
@@ -259,6 +260,7 @@ class _Costs:
             layers_seconds=layers,
             weight_nbytes=weights + self._seen(chain.from_iterable(device)),
             num_calls=0 if self.recording(device, hosted) else len(batches) * len(self.plan.tiers),
+            num_parked=sum(any(span.length == 1 for span in batch) for batch in hosted),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
             stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,

@@ -296,6 +296,9 @@ class LLM:
         )
         self._planned_nbytes += self._weights.host_nbytes
         self._executor.parked_tokens = self.plan.micro_batch_tokens
+        self._executor.runs_ahead = self.plan.runs_ahead
+        on_gpu = self._device.type != "cpu"
+        self._split_tokens = self.plan.split_tokens(self.kv_token_nbytes) if on_gpu else None
         self._executor.traced = self._weights.traced if trace else None
         self._recorder: PassRecorder | None = None
         if self._compiles and self._device.type == "cuda" and trace is None:
@@ -419,6 +422,7 @@ class LLM:
             micro_batch_tokens=self.plan.micro_batch_tokens,
             pass_tokens=self.plan.pass_tokens,
             splits_prompts=self._model.splits_prompts,
+            split_tokens=self._split_tokens,
         )
         sequences = self._prepared(requests, scheduler, on_error)
         before = self._traffic()

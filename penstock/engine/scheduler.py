@@ -10,18 +10,19 @@ the queue, even where something smaller would fit.
 
 Micro-batches are of one home of keys and values each. Those of sequences at home on NVMe come first and then those in
 host RAM, so that attention there has the longest time; single tokens and prompts of them apart, because prompts need
-not wait for it.
+not wait for it. Single tokens that together see many others are cut into two, which take turns there.
 
 Only the head is looked at. What waits behind it may still be in an iterator, unread; it costs a pass nothing.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import accumulate, islice, product
 from typing import Protocol
 
 from penstock.engine.batch import Span
@@ -80,14 +81,24 @@ class Schedule:
 class Scheduler:
     """Keeps waiting and running sequences. `splits_prompts` False keeps each prompt in one span.
 
+    Of one home beside the device, single tokens that see `split_tokens` tokens in all make two micro-batches, not one.
     `num_preemptions` counts how often one had to go back to the queue.
     """
 
-    def __init__(self, room: Room, *, micro_batch_tokens: int, pass_tokens: int, splits_prompts: bool) -> None:
+    def __init__(
+        self,
+        room: Room,
+        *,
+        micro_batch_tokens: int,
+        pass_tokens: int,
+        splits_prompts: bool,
+        split_tokens: int | None = None,
+    ) -> None:
         self._room = room
         self._micro_batch_tokens = micro_batch_tokens
         self._pass_tokens = pass_tokens
         self._splits_prompts = splits_prompts
+        self._split_tokens = split_tokens
         self._waiting: deque[Sequence] = deque()
         self._source: Iterator[Sequence] = iter(())
         self._running: dict[Hashable, Sequence] = {}  # in the order in which they came
@@ -138,7 +149,7 @@ class Scheduler:
         for sequence in longer:
             self._prefill(sequence, packer)
         self._start(packer)
-        return Schedule(packer.finish())
+        return Schedule(packer.finish(self._split_tokens))
 
     def _grow(self) -> None:
         """See to it that every running sequence has room for its newest token; the oldest comes first."""
@@ -262,8 +273,21 @@ class _Packers:
         home = self._room.home_of(span.sequence)
         self._packers[home, span.length == 1 or home is Tier.DEVICE].add(span)
 
-    def finish(self) -> tuple[tuple[Span, ...], ...]:
-        return tuple(spans for packer in self._packers.values() for spans in packer.finish())
+    def finish(self, split_tokens: int | None) -> tuple[tuple[Span, ...], ...]:
+        made: list[tuple[Span, ...]] = []
+        for (home, single), packer in self._packers.items():
+            batches = packer.finish()
+            if len(batches) == 1 and single and home is not Tier.DEVICE and split_tokens is not None:
+                batches = _halves(*batches, split_tokens)
+            made += batches
+        return tuple(made)
+
+
+def _halves(spans: tuple[Span, ...], least: int) -> tuple[tuple[Span, ...], ...]:
+    """Cut spans in two that see about as many tokens, where they see at least so many in all."""
+    seen = list(accumulate(span.end for span in spans))
+    middle = bisect_left(seen, seen[-1] / 2) + 1
+    return (spans,) if seen[-1] < least or middle >= len(spans) else (spans[:middle], spans[middle:])
 
 
 class _Packer:

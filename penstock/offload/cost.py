@@ -161,6 +161,7 @@ def pass_cost(
     flops: float,
     weight_nbytes: float,
     num_calls: int = 0,
+    num_parked: int = 1,
     layers_seconds: float = 0,
     host_kv_nbytes: float = 0,
     copied_kv_nbytes: float = 0,
@@ -171,9 +172,9 @@ def pass_cost(
 
     Computing takes as long as its arithmetic, its reading, `layers_seconds`, and expanding layers that are packed, one
     after the other: products of few tokens are all reading, those of many all arithmetic. `num_calls` are the layers of
-    all micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM and stores
-    `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the processor is the device, it computes
-    nothing meanwhile, nor while it copies.
+    all micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, for `num_parked`
+    micro-batches in turns, and stores `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the
+    processor is the device, it computes nothing meanwhile, nor while it copies.
     `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises
     ProfileError when a rate that the pass depends on has not been measured.
     """
@@ -197,7 +198,9 @@ def pass_cost(
         moved = host_kv_nbytes + (STORING if machine.on_cpu else 1) * stored_kv_nbytes
         reading = _seconds("host memory", moved, machine.attends(beside_link=bool(streamed)))
         if host_kv_nbytes and machine.attention is not None:
-            reading += len(plan.tiers) * machine.attention.turn_seconds
+            turns = len(plan.tiers) * machine.attention.turn_seconds
+            alone = 1 / num_parked if plan.runs_ahead and num_parked else 1.0  # the others' attention goes on meanwhile
+            reading = max(reading, alone * reading + turns)
         name = COMPUTING if machine.on_cpu else HOST_ATTENTION
         busy[name] = busy.get(name, 0.0) + reading
     return PassCost(busy, overlaps=plan.num_slots != 1, outside=0.0 if machine.on_cpu else OUTSIDE_SECONDS)

@@ -25,6 +25,10 @@ SCORES = (1 << 10, 1 << 24)
 ENOUGH_TOKENS = 512
 """A micro-batch of so many tokens computes about as well as a larger one."""
 
+SPLIT_NBYTES = 256 << 20
+"""Keys and values of one layer beside a GPU that take a processor about as long as it takes the GPU, and whoever issues
+its work, to go from one attention to the next: 3 ms on an H200's machine."""
+
 LANDING_PART = 8
 """At most this part of the host budget is room to read keys and values from NVMe: more would cost layers theirs."""
 
@@ -170,6 +174,19 @@ class Plan:
         """Bytes that the device will hold at most."""
         slots = self.num_slots * self.slot_nbytes
         return self.resident_nbytes + slots + self.device_layer_nbytes + self.workspace_nbytes + self.kv_nbytes
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether two layers may be held at a time while the link has a slot to fill."""
+        return self.num_slots not in {1, 2}
+
+    def split_tokens(self, token_nbytes: int) -> int | None:
+        """Return from how many tokens beside a GPU on, of so many bytes each, attention of single tokens takes turns.
+
+        Half of them then run ahead of the others, so that the attention of one half goes on while the GPU makes the
+        next queries of the other one. It costs a micro-batch more in every layer. None: never.
+        """
+        return -(-SPLIT_NBYTES * len(self.tiers) // max(token_nbytes, 1)) if self.runs_ahead else None
 
     def recording(self, num_sequences: int, longest: int) -> tuple[int, int] | None:
         """Return what a decode pass on a GPU is recorded for: so many sequences of so many tokens, both rounded up.

@@ -31,12 +31,13 @@ def rehearsed(directory, kv_dtype="auto"):
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
-def test_a_layer_is_timed(tiny_llama, kernel_directory, small, kv_dtype) -> None:
+def test_a_layer_is_timed(tiny_llama, kernel_directory, small, kv_dtype, caplog) -> None:
     model, executor, shape = rehearsed(tiny_llama, kv_dtype)
     found = hosted_times(model, executor, shape, kernel_directory=kernel_directory, free_nbytes=FREE)
     assert found is not None
     assert found.alone >= found.beside_link > 0
     assert found.turn_seconds > 0
+    assert "views of it" not in caplog.text, "nothing holds the memory any more"
 
 
 def test_there_are_models_for_which_nothing_is_known(tiny_llama, kernel_directory, small) -> None:

@@ -3,12 +3,15 @@
 import logging
 import signal
 import threading
+from contextlib import contextmanager
 
 import pytest
 
 from penstock import LLM, MemoryTiers, SamplingParams
+from penstock.engine.planner import LIMITS
 from penstock.errors import BudgetError
 from penstock.offload import trace as lanes
+from penstock.offload.plan import PassLimits
 from penstock.offload.tiers import Tier
 from penstock.offload.trace import Trace
 
@@ -171,3 +174,55 @@ def test_scores_do_not_depend_on_homes(llm, tiny_llama, device):
         pairs = zip(one.logprobs, other.logprobs, strict=True)
         assert all(here.logprob == pytest.approx(there.logprob, abs=1e-3) for here, there in pairs)
     assert llm.last_run.peak_hosted > 0
+
+
+@pytest.fixture
+def in_turns(tiny_llama, device, kernel_directory, monkeypatch):
+    """Layers stream through three slots, so that hosted single tokens make two micro-batches that take turns."""
+    monkeypatch.setitem(LIMITS, device, PassLimits(3, 128, 1024))
+    tiers = MemoryTiers(device="2MiB", host="3MiB", kv_host="2MiB")
+    sizes = {"device_layers": 0, "micro_batch_tokens": 64, "pass_tokens": 512}
+    with open_llm(tiny_llama, device, kernel_directory, tiers=tiers, **sizes) as llm:
+        monkeypatch.setattr(llm, "_split_tokens", 1)
+        yield llm
+
+
+def entered(llm):
+    """Return the layers in the order in which they are entered and left, as they will be."""
+    log, layer = [], llm._weights.layer
+
+    @contextmanager
+    def noted(index):
+        with layer(index):
+            log.append(index)
+            yield
+            log.append(-index)
+
+    llm._weights.layer = noted
+    return log
+
+
+def test_halves_take_turns_in_two_layers(in_turns, expected):
+    log = entered(in_turns)
+    assert tokens(in_turns.generate(3 * PROMPTS, GREEDY)) == 3 * expected
+    assert in_turns.plan.num_slots == 3
+    assert in_turns.last_run.as_dict()["attention_in_host"]["peak_sequences"] > 1
+    assert (2, -1, 3) in zip(log, log[1:], log[2:], strict=False), "layer 2 is entered before layer 1 is left"
+    assert (1, -1, 2) in zip(log, log[1:], log[2:], strict=False), "but not for prompts alone"
+
+
+def test_an_error_between_two_layers_leaves_the_model_usable(in_turns, expected, monkeypatch):
+    home = in_turns._homes.beside[Tier.HOST]
+    kernel, calls = home._attend, []
+
+    def called(*args, **more):
+        calls.append(1)
+        if len(calls) == 9:
+            raise MemoryError("scripted")
+        kernel(*args, **more)
+
+    monkeypatch.setattr(home, "_attend", called)
+    with pytest.raises(MemoryError, match="scripted"):
+        in_turns.generate(3 * PROMPTS, GREEDY)
+    in_turns._homes.check_integrity()
+    assert tokens(in_turns.generate(3 * PROMPTS, GREEDY)) == 3 * expected

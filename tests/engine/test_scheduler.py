@@ -123,6 +123,35 @@ def test_single_tokens_of_host_ram_do_not_share_with_prompts():
     assert batches == [[1, 2], [3], [0]]
 
 
+def decoded(on_device, lengths, *, split_tokens):
+    """Return the numbers of the sequences in each micro-batch of a pass in which all have one new token."""
+    room = TwoHomes(on_device)
+    limits = {"micro_batch_tokens": 64, "pass_tokens": 64, "splits_prompts": True}
+    scheduler = Scheduler(room, **limits, split_tokens=split_tokens)
+    for number, length in enumerate(lengths):
+        scheduler.add(sequence(number, length - 1, 5))
+    for one in scheduler.computed(scheduler.schedule()):
+        one.output_ids.append(1)
+    return [[span.sequence for span in spans] for spans in scheduler.schedule().micro_batches]
+
+
+def test_single_tokens_beside_the_device_that_see_many_others_make_two_micro_batches():
+    lengths = (4, 3, 8, 2, 2, 4)
+    assert decoded(1, lengths, split_tokens=None) == [[1, 2, 3, 4, 5], [0]]
+    assert decoded(1, lengths, split_tokens=20) == [[1, 2, 3, 4, 5], [0]]
+    assert decoded(1, lengths, split_tokens=19) == [[1, 2], [3, 4, 5], [0]], "the longest one is half of all"
+    assert decoded(6, lengths, split_tokens=1) == [[0, 1, 2, 3, 4, 5]], "on the device they stay together"
+    assert decoded(5, lengths, split_tokens=1) == [[5], [0, 1, 2, 3, 4]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 60))
+def test_halves_lose_nothing(lengths, split_tokens):
+    made = decoded(0, [length + 1 for length in lengths], split_tokens=split_tokens)
+    assert [number for numbers in made for number in numbers] == list(range(len(lengths)))
+    assert all(made)
+    assert len(made) <= 2
+
+
 def test_a_pass_carries_decode_tokens_first_and_prefill_rides_along():
     kv = made_room(1000)
     scheduler = Scheduler(kv, micro_batch_tokens=8, pass_tokens=10, splits_prompts=True)

@@ -101,6 +101,8 @@ def homes_of(
     ):
         patch.setattr(llm, "_homes", homes)
         patch.setattr(llm._executor, "parked_tokens", limits.pop("parked_tokens", 1 << 20))
+        patch.setattr(llm._executor, "runs_ahead", bool(limits.pop("runs_ahead", 1)))
+        patch.setattr(llm, "_split_tokens", limits.pop("split_tokens", None))
         patch.setattr(llm, "plan", replace(llm.plan, **limits))
         yield homes
 
@@ -119,6 +121,7 @@ requests = st.lists(st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(1, N
     st.integers(1, 80),
     st.sampled_from([0, 5, 1 << 20]),
     st.sampled_from([16, 1 << 20]),
+    st.sampled_from([{}, {"runs_ahead": 0}, {"split_tokens": 1}, {"split_tokens": 60}]),
 )
 def test_random_schedules_over_three_homes_give_the_tokens_of_transformers(
     known: Known,
@@ -130,12 +133,13 @@ def test_random_schedules_over_three_homes_give_the_tokens_of_transformers(
     total: int,
     parked: int,
     scores: int,
+    turns: dict[str, int],
 ) -> None:
     llm = known.llm
     micro = micro if llm.model.splits_prompts else max(micro, len(PROMPTS[-1]))
     limits = {"micro_batch_tokens": micro, "pass_tokens": max(micro, total), "max_scores": scores}
     on_disk, landing = nvme
-    limits |= {"on_disk": on_disk, "landing": landing, "parked_tokens": parked}
+    limits |= {"on_disk": on_disk, "landing": landing, "parked_tokens": parked} | turns
     with homes_of(known, on_device=on_device, in_host=in_host, **limits) as homes:
         params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for _, count in requests]
         outputs = llm.generate([PROMPTS[prompt] for prompt, _ in requests], params)
