@@ -10,11 +10,13 @@
    head by head, so memory is read nearly in order: long rows of many tokens side by side are slower by a third.
    As in every kernel of this kind, sums come before their division: weighted values beyond 3e38 overflow. */
 
+#define _GNU_SOURCE
 #include <math.h>
 #include <stdlib.h>
 
 #include "paged_cpu.h"
 #include "products.h"
+#include "tiles.h"
 #include "workers.h"
 
 #define PART 512
@@ -27,6 +29,7 @@
 struct plan {
     const struct penstock_attention *call;
     int product_dtype;                /* of keys and queries as they are multiplied */
+    int tiled;                        /* products are made in tiles */
     int64_t groups;                   /* query heads of a key head */
     int64_t group_rows;               /* rows of queries and of scores for a key head */
     int64_t tile;                     /* tokens that are visited together */
@@ -38,6 +41,7 @@ struct plan {
     float *partials;                  /* [parts, Hq, partial_width] */
     float *scratch;                   /* [num_threads, scratch_width] */
     int64_t scratch_width;
+    int64_t sums_at; /* where in it sums in tiles are */
 };
 
 /* One part of one sequence, and the key heads of a task. */
@@ -208,6 +212,83 @@ static void weigh_part(const struct plan *plan, const struct part *part, float *
     }
 }
 
+#if HAS_TILES
+/* --- the same in tiles --- */
+
+/* Return the first of TILE_TOKENS rows at even distances; rows that do not lie so, or are too few, are copied. */
+static const char *even_rows(const struct part *part, int64_t begin, int64_t offset, int64_t nbytes, char *copies,
+                             int64_t *step) {
+    const char *const *rows = part->keys + begin;
+    int64_t count = smaller(part->num_tokens - begin, TILE_TOKENS), even = count == TILE_TOKENS;
+    *step = count > 1 ? rows[1] - rows[0] : 0;
+    for (int64_t i = 2; i < count; i++) even &= rows[i] - rows[i - 1] == *step;
+    if (even && *step > 0)
+        return rows[0] + offset;
+    for (int64_t i = 0; i < count; i++) memcpy(copies + i * nbytes, rows[i] + offset, (size_t)nbytes);
+    memset(copies + count * nbytes, 0, (size_t)((TILE_TOKENS - count) * nbytes));
+    *step = nbytes;
+    return copies;
+}
+
+/* The rows of one head of `count` tokens from `begin` on, as far as there are any. */
+static struct next_rows rows_next(const struct part *part, const struct penstock_rows *rows, const char *const *starts,
+                                  int64_t begin, int64_t count, int64_t head) {
+    return (struct next_rows){starts + smaller(begin, part->num_tokens), starts + smaller(begin + count, part->num_tokens),
+                              (part->first_head + head) * rows->head_stride, 2 * rows->size, 0};
+}
+
+static void score_part_in_tiles(const struct plan *plan, const struct part *part, const float *query, float *scores) {
+    const struct penstock_rows *rows = &plan->call->keys;
+    char copies[TILE_TOKENS * MOST_KEYS * 2];
+    shape_tiles(4 * TILE_QUERIES);
+    for (int64_t begin = 0; begin < part->num_tokens; begin += TILE_TOKENS)
+        for (int64_t h = 0; h < part->num_heads; h++) {
+            int64_t step, offset = (part->first_head + h) * rows->head_stride;
+            int64_t head = h + 1 < part->num_heads ? h + 1 : 0;
+            struct next_rows next = rows_next(part, rows, part->keys, head ? begin : begin + TILE_TOKENS, TILE_TOKENS, head);
+            const char *keys = even_rows(part, begin, offset, 2 * rows->size, copies, &step);
+            for (int64_t g = 0; g < plan->groups; g += TILE_QUERIES)
+                score_in_tiles(keys, step, rows->size,
+                               (const uint16_t *)(query + (h * plan->group_rows + g) * plan->query_width),
+                               scores + (h * plan->group_rows + g) * STRIDE + begin, STRIDE, &next);
+        }
+}
+
+static void add_part_in_tiles(const struct plan *plan, const struct part *part, const float *weights, float *sums,
+                              float *partials) {
+    const struct penstock_rows *rows = &plan->call->values;
+    int64_t width = rows->size * TILE_QUERIES * 2, chunks = plan->group_rows / TILE_QUERIES;
+    memset(sums, 0, sizeof(float) * (size_t)(part->num_heads * chunks * width));
+    shape_tiles(64);
+    for (int64_t begin = 0; begin < part->num_tokens; begin += VISIT)
+        for (int64_t h = 0; h < part->num_heads; h++) {
+            int64_t head = h + 1 < part->num_heads ? h + 1 : 0;
+            struct next_rows next = rows_next(part, rows, part->values, head ? begin : begin + VISIT, VISIT, head);
+            for (int64_t g = 0; g < plan->groups; g += TILE_QUERIES)
+                add_in_tiles(part->values + begin, smaller(part->num_tokens - begin, VISIT),
+                             (part->first_head + h) * rows->head_stride, rows->size,
+                             weights + (h * plan->group_rows + g) * STRIDE + begin, STRIDE, plan->groups - g,
+                             sums + (h * chunks + g / TILE_QUERIES) * width, &next);
+        }
+    leave_tiles();
+    for (int64_t h = 0; h < part->num_heads; h++)
+        for (int64_t g = 0; g < plan->groups; g++)
+            join_halves(sums + (h * chunks + g / TILE_QUERIES) * width, g % TILE_QUERIES, rows->size,
+                        partials + (h * plan->groups + g) * plan->partial_width);
+}
+
+static void convert_queries_to_tiles(const struct plan *plan, const struct part *part, float *to) {
+    const struct penstock_attention *call = plan->call;
+    const char *from = (const char *)call->query + part->sequence * call->query_stride;
+    memset(to, 0, sizeof(float) * (size_t)(task_rows(plan) * plan->query_width));
+    for (int64_t h = 0; h < part->num_heads; h++)
+        for (int64_t g = 0; g < plan->groups; g += TILE_QUERIES)
+            lay_out_queries(from + ((part->first_head + h) * plan->groups + g) * call->query_head_stride,
+                            call->query_head_stride, smaller(plan->groups - g, TILE_QUERIES), call->keys.size,
+                            (uint32_t *)(to + (h * plan->group_rows + g) * plan->query_width));
+}
+#endif
+
 /* Convert the part's queries to what is multiplied; the ends of rows, and rows without a query, become zeros. */
 static void convert_queries(const struct plan *plan, const struct part *part, float *to) {
     const struct penstock_attention *call = plan->call;
@@ -288,10 +369,20 @@ static void run_task(void *context, int worker, int64_t task) {
     float *scores = query + task_rows(plan) * plan->query_width;
     float *partials = plan->partials + (task / plan->num_slices * plan->call->num_query_heads + first_query_head) *
                                            plan->partial_width;
-    convert_queries(plan, &part, query);
-    score_part(plan, &part, query, scores);
-    weigh_part(plan, &part, scores, partials);
-    add_part(plan, &part, scores, partials);
+#if HAS_TILES
+    if (plan->tiled) {
+        convert_queries_to_tiles(plan, &part, query);
+        score_part_in_tiles(plan, &part, query, scores);
+        weigh_part(plan, &part, scores, partials);
+        add_part_in_tiles(plan, &part, scores, query + plan->sums_at, partials);
+    } else
+#endif
+    {
+        convert_queries(plan, &part, query);
+        score_part(plan, &part, query, scores);
+        weigh_part(plan, &part, scores, partials);
+        add_part(plan, &part, scores, partials);
+    }
     if (atomic_fetch_sub(&plan->missing[part.sequence * plan->num_slices + task % plan->num_slices], 1) == 1)
         for (int64_t i = 0; i < rows; i++)
             join_head(plan, part.sequence, first_query_head + i, scores);
@@ -336,13 +427,21 @@ static void choose_slices(struct plan *plan, int64_t num_parts) {
              plan->task_heads > 1 && (plan->task_heads = (plan->task_heads + 1) / 2));
 }
 
+/* One query head alone to a key head is read faster than it is multiplied anyway. */
+static int can_be_tiled(const struct plan *plan) {
+    const struct penstock_rows *keys = &plan->call->keys, *values = &plan->call->values;
+    int fits = keys->size % 32 == 0 && values->size % 32 == 0 && keys->size <= MOST_KEYS;
+    return plan->groups > 1 && fits && plan->product_dtype == PAIRS && values->dtype == PENSTOCK_BFLOAT16;
+}
+
 int penstock_attend_paged(const struct penstock_attention *call) {
     struct plan plan = {.call = call, .groups = call->num_query_heads / call->num_heads};
     if (!is_valid(call))
         return 1;
-    plan.group_rows = plan.groups == 1 ? 1 : round_up(plan.groups, QUERIES);
-    plan.tile = plan.groups == 1 ? 8 : 16; /* more of them amortise loads and stores of sums, rows are shorter */
     plan.product_dtype = paired(call->keys.dtype, call->query_dtype);
+    plan.tiled = can_be_tiled(&plan) && may_use_tiles();
+    plan.group_rows = plan.groups == 1 ? 1 : round_up(plan.groups, plan.tiled ? TILE_QUERIES : QUERIES);
+    plan.tile = plan.groups == 1 ? 8 : 16; /* more of them amortise loads and stores of sums, rows are shorter */
     plan.query_width = round_up(call->keys.size, step_of(plan.product_dtype)) / step_of(plan.product_dtype) * LANES;
     plan.value_width = round_up(call->values.size, LANES);
     plan.partial_width = plan.value_width + LANES;
@@ -354,6 +453,8 @@ int penstock_attend_paged(const struct penstock_attention *call) {
     int64_t num_tasks = num_parts * plan.num_slices, num_rows = task_rows(&plan);
     int num_threads = (int)smaller(call->num_threads, larger(num_tasks, 1));
     plan.scratch_width = round_up(num_rows * plan.query_width + larger(num_rows * STRIDE, plan.value_width), LINE);
+    plan.sums_at = plan.scratch_width;
+    plan.scratch_width += plan.tiled ? plan.task_heads * plan.group_rows * call->values.size * 2 : 0;
     plan.missing = malloc(sizeof(atomic_int) * (size_t)(call->num_sequences * plan.num_slices + 1));
     size_t partials = (size_t)round_up(num_parts * call->num_query_heads * plan.partial_width, LINE);
     plan.partials = aligned_alloc(LINE, sizeof(float) * (partials + (size_t)(plan.scratch_width * num_threads)));

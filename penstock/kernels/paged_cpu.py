@@ -22,7 +22,8 @@ __all__ = ["AttendPaged", "CompiledAttention", "load_attend_paged"]
 
 _HERE = Path(__file__).parent
 SOURCE = Source(
-    _HERE / "paged_cpu.c", tuple(_HERE / name for name in ("paged_cpu.h", "products.h", "vectors.h", "workers.h"))
+    _HERE / "paged_cpu.c",
+    tuple(_HERE / name for name in ("paged_cpu.h", "products.h", "tiles.h", "vectors.h", "workers.h")),
 )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}

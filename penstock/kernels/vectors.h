@@ -187,13 +187,13 @@ INLINE uint16_t to_float16(float value) {
 }
 
 INLINE void store_elements(char *to, const float *from, int64_t count, int dtype) {
+    if (dtype == PENSTOCK_FLOAT32) {
+        memcpy(to, from, sizeof(float) * (size_t)count);
+        return;
+    }
     for (int64_t i = 0; i < count; i++) {
-        if (dtype == PENSTOCK_FLOAT32) {
-            memcpy(to + 4 * i, from + i, 4);
-        } else {
-            uint16_t made = dtype == PENSTOCK_BFLOAT16 ? to_bfloat16(from[i]) : to_float16(from[i]);
-            memcpy(to + 2 * i, &made, 2);
-        }
+        uint16_t made = dtype == PENSTOCK_BFLOAT16 ? to_bfloat16(from[i]) : to_float16(from[i]);
+        memcpy(to + 2 * i, &made, 2);
     }
 }
 
