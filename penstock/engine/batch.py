@@ -35,12 +35,13 @@ class MicroBatch:
     """What attention must know of the tokens in front of it: `spans` in the order of the flattened tokens, and `kv`.
 
     `kv` is the store of the home that all of its sequences have. `max_scores` bounds the attention scores that are in
-    memory at once.
+    memory at once. With `reads_packed`, weights that rest packed on the device are read there: they are not expanded.
     """
 
     spans: tuple[Span, ...]
     kv: KVStore | KVGroups | HostKV
     max_scores: int = 1 << 24
+    reads_packed: bool = False
 
     @property
     def num_tokens(self) -> int:

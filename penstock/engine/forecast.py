@@ -14,7 +14,7 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.offload.blocks import KVCost
-from penstock.offload.cost import ISSUING, Machine, PassCost, pass_cost
+from penstock.offload.cost import ISSUING, PACKED_ROWS, Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
 from penstock.offload.tiers import Tier
 
@@ -252,6 +252,9 @@ class _Costs:
         layers = self._layers(batches)
         if layers:
             weights, flops = 0, flops - self.model.per_token * sum(span.length for batch in batches for span in batch)
+        packed = self._reads_packed(batches)
+        if packed:
+            weights *= 1 - self.plan.device_share
         there = [span for span in chain.from_iterable(hosted) if span.length > 1 or self.plan.kv_dtype == "int4"]
         return pass_cost(
             self.plan,
@@ -260,12 +263,19 @@ class _Costs:
             layers_seconds=layers,
             weight_nbytes=weights + self._seen(chain.from_iterable(device)),
             num_calls=0 if self.recording(device, hosted) else len(batches) * len(self.plan.tiers),
+            num_packed=packed,
             num_parked=sum(any(span.length == 1 for span in batch) for batch in hosted),
             host_kv_nbytes=0 if self.plan.kv_dtype == "int4" else self._seen(chain.from_iterable(hosted)),
             copied_kv_nbytes=sum(span.start for span in there) * self.kept.token_nbytes,
             stored_kv_nbytes=sum(span.length for span in chain.from_iterable(in_host)) * self.kept.token_nbytes,
             disk_kv_nbytes=self._on_disk(chain.from_iterable(on_disk)),
         )
+
+    def _reads_packed(self, batches: Batches) -> int:
+        """Return how often a pass reads the packed weights that rest on the device, 0 where it expands them."""
+        sizes = [sum(span.length for span in batch) for batch in batches]
+        packed = sum(sizes) <= self.plan.packed_tokens
+        return sum(-(-size // PACKED_ROWS) for size in sizes) if packed else 0
 
     def recording(self, device: Batches, hosted: Batches) -> tuple[int, int] | None:
         """Return what a pass is recorded for where a GPU plays it by itself (`engine/recorder.py`), else None.

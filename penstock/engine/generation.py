@@ -50,7 +50,8 @@ class Generation:
     """One run over some sequences.
 
     Those of a list are all queued, or refused, at once; any other iterable is read when there is room for the next.
-    `score_rows` is how many rows of logits are in memory at once while tokens are scored. Passes that only decode go to
+    `score_rows` is how many rows of logits are in memory at once while tokens are scored. Passes of at most
+    `packed_tokens` tokens read packed weights; `read_packed` is told so before each pass. Passes that only decode go to
     the `recorder`, if there is one, first. `on_pass` is called after each pass, when its finished sequences have been
     taken; what it raises ends the run.
     """
@@ -68,6 +69,8 @@ class Generation:
         end_ids: Collection[int],
         max_scores: int,
         score_rows: int,
+        packed_tokens: int = 0,
+        read_packed: Callable[[bool], None] | None = None,
         recorder: PassRecorder | None = None,
         on_pass: Callable[[Progress], None] | None = None,
         traffic: Callable[[], Traffic],
@@ -81,6 +84,8 @@ class Generation:
         self._end_ids = frozenset(end_ids)
         self._max_scores = max_scores
         self._score_rows = score_rows
+        self._packed_tokens = packed_tokens
+        self._read_packed = read_packed
         self._recorder = recorder
         self._on_pass = on_pass
         self._traffic = traffic
@@ -135,7 +140,11 @@ class Generation:
     def _run(self, schedule: Schedule) -> list[Sequence]:
         """Run one pass; return the sequences that got a token, or the last of their scores."""
         scores: list[tuple[list[Sequence], Tensor]] = []
-        logits = self._run_pass([self._inputs(spans) for spans in schedule.micro_batches], scores)
+        packed = schedule.num_tokens <= self._packed_tokens
+        if self._read_packed is not None:
+            self._read_packed(packed)
+        inputs = [self._inputs(spans, reads_packed=packed) for spans in schedule.micro_batches]
+        logits = self._run_pass(inputs, scores)
         self.num_passes += 1
         self._homes.check_integrity()
         self._count_tokens(schedule)
@@ -177,9 +186,9 @@ class Generation:
                 return [logits]
         return self._executor.run_pass([(one.batch, partial(self._forward, one, scores)) for one in inputs])
 
-    def _inputs(self, spans: tuple[Span, ...]) -> _Inputs:
+    def _inputs(self, spans: tuple[Span, ...], *, reads_packed: bool) -> _Inputs:
         """Return the micro-batch of some spans, and its tokens on the device."""
-        batch = MicroBatch(spans, self._homes.store_of(spans[0].sequence), self._max_scores)
+        batch = MicroBatch(spans, self._homes.store_of(spans[0].sequence), self._max_scores, reads_packed)
         tokens: list[int] = []
         keep: list[int] = []
         rows: list[int] = []

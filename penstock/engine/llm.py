@@ -42,7 +42,7 @@ from penstock.engine.sampling_params import SamplingParams
 from penstock.engine.scheduler import Scheduler
 from penstock.engine.sequence import Sequence
 from penstock.engine.startup import StartUp
-from penstock.engine.warm_up import warm_up
+from penstock.engine.warm_up import warm_up, warm_up_packed
 from penstock.errors import (
     BudgetError,
     ClosedError,
@@ -191,8 +191,7 @@ class LLM:
             self._start_up.end("memory")
             cleanup.callback(self._model.unbind)
             self._bind()
-            self._weights.load(on_load)
-            self._start_up.end("weights")
+            self._load(on_load)
             self._exit = cleanup.pop_all()
         self._load_bytes = self._weights.statistics().disk.bytes_read
         self.last_run: RunReport | None = None
@@ -307,9 +306,17 @@ class LLM:
     def _bind(self) -> None:
         self._model.bind_resident(self._weights.resident)
         for index in range(len(self._model.layers)):
-            self._model.bind_layer(index, self._weights.buffer_of(index))
+            self._model.bind_layer(index, self._weights.buffer_of(index), self._weights.packed_of(index))
         self._model.check_bound()
         self._executor.weights = self._weights
+
+    def _load(self, on_load: Callable[[int, int], None] | None) -> None:
+        """Fill the tiers, and have loaded what computes with them as they rest."""
+        self._weights.load(on_load)
+        self._start_up.end("weights")
+        if self.plan.packed_tokens:
+            warm_up_packed(self._model, self.plan.packed_tokens)
+            self._start_up.end("kernels")
 
     @property
     def model(self) -> StreamedModel:
@@ -437,6 +444,8 @@ class LLM:
             end_ids=self._end_ids,
             max_scores=self.plan.max_scores,
             score_rows=self._score_rows(),
+            packed_tokens=self.plan.packed_tokens,
+            read_packed=self._weights.read_packed,
             recorder=self._recorder,
             on_pass=on_pass,
             traffic=lambda: self._traffic() - before,

@@ -162,7 +162,7 @@ class _Recording:
             singles=Singles(rows, table, lengths, max_length=max_length),
         )
         self._token_ids = zeros(rows, dtype=torch.int64)
-        batch = _RecordedBatch((_AnySingle(),) * rows, like.kv, like.max_scores, self._places)
+        batch = _RecordedBatch((_AnySingle(),) * rows, like.kv, like.max_scores, like.reads_packed, self._places)
         keep = torch.arange(rows, device=model.device)
         self._batch = batch
         self._forward = partial(model.forward, batch, self._token_ids, keep)

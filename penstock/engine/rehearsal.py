@@ -7,6 +7,7 @@ that knows families.
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +29,10 @@ from penstock.engine.executor import Executor
 from penstock.engine.flops import count_flops
 from penstock.engine.model.build import StreamedModel, load_model
 from penstock.engine.model.compile import LayerCompiler
+from penstock.engine.model.packed import all_suit, hide_weights
 from penstock.errors import BudgetError, ModelError
 from penstock.io.limits import available_memory
+from penstock.kernels.gpu import triton_kernels
 from penstock.offload.buffers import convert
 from penstock.offload.cost import LayerTimes
 from penstock.offload.kv import KVStore
@@ -38,13 +41,18 @@ from penstock.offload.plan import ModelShape, WindowLayer, window_workspace
 from penstock.offload.tiers import format_size
 
 __all__ = [
-    "EnoughError", "bind_to_zeros", "call_seconds", "dissect", "layer_times", "rehearse", "rehearse_compiled",
-    "run_alone",
+    "EnoughError", "bind_to_zeros", "call_seconds", "computes_packed", "dissect", "layer_times", "rehearse",
+    "rehearse_compiled", "run_alone",
 ]  # fmt: skip
+
+logger = logging.getLogger("penstock.engine")
 
 NUM_TOKENS = 32
 MAX_SCORES = 1 << 20
 """Few, because scores are planned for by themselves; enough for all of `NUM_TOKENS` at once."""
+
+PACKED_TOKENS = 256
+"""Passes of more tokens expand what is packed: that is done once, whatever their number."""
 
 _SINGLES = (1, 8, 32)
 """Numbers of sequences with one new token each that are measured."""
@@ -99,7 +107,42 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
         kept_nbytes=tuple(layout.parameter_nbytes for layout in layers),
         packed_on_load=any(layout.encodings for layout in layers),
         kv_layers=tuple(kv.layer_nbytes().values()),
+        packed_tokens=packed_tokens(model, executor),
     )
+
+
+def packed_tokens(model: StreamedModel, executor: Executor) -> int:
+    """Return up to how many tokens of a pass should read packed weights: 0 where this device or the model cannot.
+
+    Binds all layers to zeros.
+    """
+    runs = model.device.type == "cuda" and model.dtype.itemsize == 2
+    if not (model.reads_packed and runs and triton_kernels("packed_linear_triton", model.device)):
+        return 0
+    suits = all(all(all_suit(layout)) for layout in model.layer_layouts)
+    return PACKED_TOKENS if suits and computes_packed(model, executor) else 0
+
+
+def computes_packed(model: StreamedModel, executor: Executor) -> bool:
+    """Say whether the model's code asks for nothing of coded weights but the products of its linear layers.
+
+    That is tried. Binds all layers to zeros.
+    """
+    _, scratch = buffers = bind_to_zeros(model)
+    for index, layout in enumerate(model.layer_layouts):
+        model.bind_layer(index, scratch, scratch[: layout.wire_nbytes])
+    hide_weights(model.module)
+    executor.weights = _Nothing(_Watch())
+    batch = MicroBatch((Span(0, 0, 1),), _store(model, "auto", 1), MAX_SCORES, reads_packed=True)
+    try:
+        run_alone(model, executor, batch)
+    except Exception as error:  # noqa: BLE001 - if it is not a hidden weight's, it comes again
+        logger.info("weights are expanded in every pass: %s: %s", type(error).__name__, error)
+        return False
+    finally:
+        model.unbind()
+    del buffers
+    return True
 
 
 def _windows(kv: KVStore, seen: Mapping[int, int | None], context: int | None) -> tuple[WindowLayer, ...]:

@@ -20,9 +20,9 @@ class StartUp:
         self._since = time.perf_counter()
 
     def end(self, step: str) -> None:
-        """Say that everything since the last step belonged to this one."""
+        """Say that everything since the last step belonged to this one, which may come again."""
         now = time.perf_counter()
-        self.seconds[step] = now - self._since
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._since
         self._since = now
 
     def explain(self) -> str:

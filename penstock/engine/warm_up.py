@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
 
 from penstock.engine.batch import MicroBatch, Span
 from penstock.engine.executor import Executor
 from penstock.engine.model.build import StreamedModel
+from penstock.engine.model.packed import PackedLinear
 from penstock.engine.rehearsal import EnoughError, bind_to_zeros, run_alone
+from penstock.kernels.packed_linear import FEW_ROWS, packed_linear
 from penstock.offload.kv import KVStore
 
-__all__ = ["warm_up"]
+__all__ = ["warm_up", "warm_up_packed"]
 
 LONG_TOKENS = 600
 """Attention of one token is cut into parts from 512 tokens on."""
@@ -41,6 +46,21 @@ def warm_up(model: StreamedModel, executor: Executor, *, kv_dtype: str) -> None:
             with suppress(EnoughError):
                 run_alone(model, executor, MicroBatch(spans, kv))
     del buffers
+
+
+def warm_up_packed(model: StreamedModel, most_tokens: int) -> None:
+    """Do the same for products with packed weights, of which one layer must be bound to some: all are alike."""
+    known: set[Any] = set()
+    for part in model.module.modules():
+        weight = part.packed if isinstance(part, PackedLinear) else None
+        kind = None if weight is None else (weight.codes.shape, weight.bits, weight.group_size, part.bias is None)
+        if weight is None or kind in known:
+            continue
+        known.add(kind)
+        for num_tokens in (1, FEW_ROWS + 1, 2 * FEW_ROWS + 1):
+            x = torch.zeros(min(num_tokens, most_tokens), weight.columns, dtype=model.dtype, device=model.device)
+            with torch.inference_mode():
+                packed_linear(x, weight, part.bias)
 
 
 class _FirstLayer:

@@ -17,7 +17,7 @@ from penstock.offload.plan import Plan
 
 __all__ = [
     "COMPUTING", "EXPANDING", "HOST_ATTENTION", "HOST_TO_DEVICE", "ISSUING", "NVME_TO_HOST", "OUTSIDE_SECONDS",
-    "PRODUCTS", "STORING", "HostAttention", "LayerTimes", "Machine", "PassCost", "pass_cost",
+    "PACKED_ROWS", "PRODUCTS", "STORING", "HostAttention", "LayerTimes", "Machine", "PassCost", "pass_cost",
 ]  # fmt: skip
 
 COMPUTING = "computing"
@@ -46,6 +46,13 @@ EXPANDING = 3
 reading them would on an H200. Alone int4 takes 1.95, int8 1.8 and exact 4."""
 
 _MEASURE = "Measure with `penstock profile`, without --quick, on the machine and the disk of the model."
+
+
+PACKED = 4.5
+"""What products with packed weights take for each `PACKED_ROWS` tokens, over reading the bytes as they rest: in 4 bits
+on an H200, where arithmetic sets their pace. On an H100 it is 3.2; slower memory hides more."""
+
+PACKED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +169,7 @@ def pass_cost(
     weight_nbytes: float,
     num_calls: int = 0,
     num_parked: int = 1,
+    num_packed: int = 0,
     layers_seconds: float = 0,
     host_kv_nbytes: float = 0,
     copied_kv_nbytes: float = 0,
@@ -171,17 +179,20 @@ def pass_cost(
     """Return what a pass costs under a plan that computes `flops` and reads `weight_nbytes` of the device to do so.
 
     Computing takes as long as its arithmetic, its reading, `layers_seconds`, and expanding layers that are packed, one
-    after the other: products of few tokens are all reading, those of many all arithmetic. `num_calls` are the layers of
-    all micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie in host RAM, for `num_parked`
-    micro-batches in turns, and stores `stored_kv_nbytes` of new ones, at what the link leaves of its rate; where the
-    processor is the device, it computes nothing meanwhile, nor while it copies.
+    after the other: products of few tokens are all reading, those of many all arithmetic. Products with the packed
+    weights that rest on the device read these `num_packed` times, if at all, and nothing of them is expanded then.
+    `num_calls` are the layers of all micro-batches. A processor reads the `host_kv_nbytes` of keys and values that lie
+    in host RAM, for `num_parked` micro-batches in turns, and stores `stored_kv_nbytes` of new ones, at what the link
+    leaves of its rate; where the processor is the device, it computes nothing meanwhile, nor while it copies.
     `copied_kv_nbytes` of them go over the link. The disk moves `disk_kv_nbytes` of them besides the weights. Raises
     ProfileError when a rate that the pass depends on has not been measured.
     """
     reached = 1.0 if machine.on_cpu else PRODUCTS
     arithmetic = _seconds("arithmetic", flops / reached, machine.flops)
     reading = _seconds("the device's memory", weight_nbytes, machine.device_memory)
-    expanding = _seconds("the device's memory", EXPANDING * plan.expanded_nbytes, machine.device_memory)
+    expanded = plan.expanded_nbytes * (1 - plan.device_share if num_packed else 1)
+    packed = PACKED * num_packed * plan.device_layer_nbytes
+    expanding = _seconds("the device's memory", EXPANDING * expanded + packed, machine.device_memory)
     computing = arithmetic + reading + layers_seconds + expanding
     streamed = plan.host_nbytes + plan.nvme_nbytes
     busy = {

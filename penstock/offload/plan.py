@@ -71,7 +71,8 @@ class ModelShape:
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.
     `kv_token_nbytes` and `kv_sequence_nbytes` are what a sequence keeps between passes, with keys and values as
     `kv_dtype`; of the former, the layers of `kv_windows` keep only so many tokens, and `kv_layers` are the parts of all
-    layers that keep any. Layers that are `packed_on_load` are in no file, and cannot be left on NVMe.
+    layers that keep any. Layers that are `packed_on_load` are in no file, and cannot be left on NVMe. Passes of at most
+    `packed_tokens` tokens read layers that rest packed on the device where they are.
     """
 
     resident_nbytes: int
@@ -87,6 +88,7 @@ class ModelShape:
     kept_nbytes: tuple[int, ...] = ()
     packed_on_load: bool = False
     kv_layers: tuple[int, ...] = ()
+    packed_tokens: int = 0
 
     @property
     def kv_cost(self) -> KVCost:
@@ -145,7 +147,8 @@ class Plan:
 
     `tiers` names each layer's tier. `device_nbytes` = resident unit + slots + device layers + workspace + `kv_nbytes`.
     Layers that stay on the device are there as they travel where they are `device_packed`: then they go through slots
-    like all others. A pass makes `expanded_nbytes` of parameters of what is packed.
+    like all others, but for passes of at most `packed_tokens` tokens. Other passes make `expanded_nbytes` of parameters
+    of what is packed.
     Host RAM holds `host_nbytes` of layers and `kv_host_nbytes` of keys and values. A disk holds `kv_nvme_nbytes` of
     them, and `kv_landing_nbytes` of host RAM is what those of a layer are read into.
     """
@@ -168,6 +171,7 @@ class Plan:
     kv_landing_nbytes: int = 0
     device_packed: bool = False
     expanded_nbytes: int = 0
+    packed_tokens: int = 0
 
     @property
     def device_nbytes(self) -> int:
@@ -194,10 +198,16 @@ class Plan:
         None where layers move, and for more sequences: they keep a GPU busy anyway, and what is recorded takes memory
         besides the workspace, at most an eighth of it.
         """
-        if self.num_slots or num_sequences > self.micro_batch_tokens // 8:
+        moves = self.num_slots and not (self.device_share == 1 and num_sequences <= self.packed_tokens)
+        if moves or num_sequences > self.micro_batch_tokens // 8:
             return None
         rows = num_sequences if num_sequences <= 2 else -(-num_sequences // RECORDED_ROWS) * RECORDED_ROWS
         return rows, -(-longest // RECORDED_TOKENS) * RECORDED_TOKENS
+
+    @property
+    def device_share(self) -> float:
+        """The share of layers that stay on the device."""
+        return len(self.layers_in(Tier.DEVICE)) / len(self.tiers)
 
     def layers_in(self, tier: Tier) -> tuple[int, ...]:
         """Return the indices of the layers that live in `tier`."""
@@ -334,6 +344,7 @@ def make_plan(shape: ModelShape, tiers: MemoryTiers, limits: PassLimits) -> Plan
         kv_landing_nbytes=landing,
         device_packed=packed and bool(on_device),
         expanded_nbytes=sum(shape.staying_nbytes[index] for index in streamed) if packed else 0,
+        packed_tokens=min(shape.packed_tokens, micro // 2) if packed and on_device else 0,
     )
 
 

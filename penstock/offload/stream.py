@@ -8,7 +8,7 @@ the next of the cycle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -78,9 +78,13 @@ class _Slot:
         self.entered = False
         self.released: Any = None
 
-    def following(self, layer: int) -> int:
-        """Return the layer that uses this slot after `layer`; the last of a pass is followed by the first."""
-        return self.cycle[(self.cycle.index(layer) + 1) % len(self.cycle)]
+    def following(self, layer: int, others: Collection[int]) -> int:
+        """Return the layer that uses this slot after `layer`, which is none of `others`.
+
+        The last of a pass is followed by the first.
+        """
+        at = self.cycle.index(layer) + 1
+        return next(one for one in (*self.cycle[at:], *self.cycle[:at]) if one == layer or one not in others)
 
 
 def _cycles(streamed: Sequence[int], packed: Sequence[int], num_slots: int) -> list[Sequence[int]]:
@@ -131,6 +135,7 @@ class WeightStream:
         self._room = plan.workspace_nbytes + plan.kv_nbytes
         self.host_nbytes = 0
         """Bytes of host RAM besides the device's buffers: layers that rest there, and what reads land in."""
+        self._reads_packed = False
         self._closed = False
         self._exit = ExitStack()
         with ExitStack() as cleanup:
@@ -199,6 +204,17 @@ class WeightStream:
     def buffer_of(self, index: int) -> Tensor:
         """Return the buffer in which layer `index` is found while it is handed out."""
         return self._own[index] if index in self._own else self._slot_of[index].buffer
+
+    def packed_of(self, index: int) -> Tensor | None:
+        """Return the wire bytes of layer `index` where they rest on the device, besides the buffer."""
+        return self._rest[index] if index in self._packed else None
+
+    def read_packed(self, wanted: bool) -> None:
+        """Say whether the next passes' computing reads layers that rest packed on the device where they are.
+
+        For between passes. Such layers need no slot then, and are not expanded.
+        """
+        self._reads_packed = wanted
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Read what stays in the device and host tiers, then start on the first layers of a pass.
@@ -330,7 +346,7 @@ class WeightStream:
         if index == 0:
             self._entered = self._watch.begin()
         slot = self._slot_of.get(index)
-        if slot is None:
+        if slot is None or (self._reads_packed and index in self._packed):
             yield
         else:
             with self._arrived(slot, index):
@@ -358,7 +374,7 @@ class WeightStream:
             yield
         finally:
             slot.released = self._copies.computed()
-            self._refill(slot, slot.following(index))
+            self._refill(slot, slot.following(index, self._packed if self._reads_packed else ()))
 
     def _refill(self, slot: _Slot, index: int) -> None:
         """Bring layer `index` into a slot whose layer has been computed, unless it is there."""

@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from penstock.kernels.attention import Rule
 from penstock.kernels.exact import choose_table, encode
 from penstock.kernels.forms import Form
 from penstock.kernels.groupwise import quantise
+from penstock.kernels.packed_linear import PackedWeight
 from penstock.kernels.quant_kv import QUANTISE
 from penstock.kernels.scaled import Matrix
 
@@ -219,3 +221,14 @@ def test_quantised_checkpoints(compiled, name: str, turned: bool) -> None:
 @pytest.mark.parametrize("name", ["gptq 4", "packed 4"])
 def test_quantised_checkpoints_with_an_order_of_columns(compiled, name: str) -> None:
     assert set(compiled(scaled(name, index=True))) == {"_decode"}
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, True)])
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_products_with_packed_weights(compiled, bits: int, symmetric: bool, rows: int) -> None:
+    kernels = importlib.import_module("penstock.kernels.packed_linear_triton")
+    for group_size in (32, 64, 128):
+        made = quantise(torch.ones(256, 1024), bits=bits, group_size=group_size, symmetric=symmetric)
+        weight = PackedWeight(made.codes, made.scale, made.zero, 1024, bits, group_size)
+        call = partial(kernels.packed_linear, torch.zeros(rows, 1024, dtype=torch.bfloat16), weight, None)
+        assert set(compiled(call)) == {"_multiply", "_add"}

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from penstock.engine.batch import MicroBatch
 from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
 from penstock.engine.model.mapping import WeightMap, map_weights
+from penstock.engine.model.packed import bind_packed, let_read_packed, unbind_packed
 from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
 from penstock.engine.model.weights import check_orientation, open_weights, read_json, resolve_dtype
 from penstock.engine.quantised.recognise import read_scheme
@@ -64,7 +65,8 @@ class StreamedModel:
 
     `layers` are the decoder layers in order; `layer_layouts` says what each one's buffer holds, `resident` what that of
     all the rest holds. `splits_prompts` is false where a prompt must go through in one span. `adapters` names the code
-    of this package that runs in place of transformers' own. `checks` are the checksums of a packed checkpoint.
+    of this package that runs in place of transformers' own. `checks` are the checksums of a packed checkpoint. With
+    `reads_packed`, layers bound to their wire bytes, too, can read those in micro-batches that say so.
     """
 
     module: Any
@@ -79,6 +81,7 @@ class StreamedModel:
     splits_prompts: bool
     adapters: tuple[str, ...]
     checks: tuple[Check, ...]
+    reads_packed: bool
     _aliases: Mapping[str, tuple[str, ...]]
     _inputs: Mapping[str, Any]
     _accepts: frozenset[str]
@@ -87,12 +90,21 @@ class StreamedModel:
         """Make everything but the layers, tied parameters included, views of a flat uint8 buffer on `device`."""
         self._bind(self.resident, buffer)
 
-    def bind_layer(self, index: int, buffer: Tensor) -> None:
-        """Make the parameters and persistent buffers of one layer views of a flat uint8 buffer on `device`."""
-        self._bind(self.layer_layouts[index], buffer)
+    def bind_layer(self, index: int, buffer: Tensor, packed: Tensor | None = None) -> None:
+        """Make the parameters and persistent buffers of one layer views of a flat uint8 buffer on `device`.
+
+        Of a layer whose wire bytes rest there, too, as `packed`, those that are neither decoded nor converted are views
+        of these, if it can read packed weights.
+        """
+        layout = self.layer_layouts[index]
+        rest = packed if self.reads_packed else None
+        self._bind(layout, buffer, rest)
+        if rest is not None:
+            bind_packed(self.module, layout, rest)
 
     def unbind(self) -> None:
         """Let go of every buffer: parameters go back to the meta device."""
+        unbind_packed(self.module)
         for layout in (self.resident, *self.layer_layouts):
             self._bind(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
 
@@ -134,9 +146,12 @@ class StreamedModel:
             inputs["position_ids"] = batch.places.positions.to(self.device, non_blocking=True)[None]
         return inputs
 
-    def _bind(self, layout: Layout, buffer: Tensor) -> None:
+    def _bind(self, layout: Layout, buffer: Tensor, rest: Tensor | None = None) -> None:
         for view in layout.parameters:
-            value: Tensor = nn.Parameter(view_of(buffer, view), requires_grad=False)
+            place, whole = view, buffer
+            if rest is not None and view.offset >= layout.wire_offset:
+                place, whole = replace(view, offset=view.offset - layout.wire_offset), rest
+            value: Tensor = nn.Parameter(view_of(whole, place), requires_grad=False)
             for name in (view.name, *self._aliases.get(view.name, ())):
                 path, _, leaf = name.rpartition(".")
                 owner = self.module.get_submodule(path)
@@ -222,6 +237,7 @@ def load_model(
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
         checks=tuple(stored.checks.values()),
+        reads_packed=let_read_packed(module, weights.layers, weights.aliases),
         _aliases=weights.aliases,
         _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),

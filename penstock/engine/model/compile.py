@@ -3,7 +3,8 @@
 torch.compile gets each layer as an argument of one function per kind, so a kind's layers share their code: what it
 guards are types, shapes and settings, never addresses. Attention is opaque to it (`engine/model/opaque.py`). Token
 counts are dynamic, except that one token alone runs eagerly, where there is nothing to fuse. So do micro-batches that
-may switch to the executor inside a layer: what attention is opaque to must not be left and entered again.
+may switch to the executor inside a layer, since what attention is opaque to must not be left and entered again, and
+those that read packed weights, which a GPU records.
 
 All compiling happens at start-up. What fails then, or would have to be compiled again in a pass, runs eagerly from
 there on, its whole kind, and the log and the report say why.
@@ -29,7 +30,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor import config
 from torch.utils._pytree import tree_leaves
 
-from penstock.engine.batch import CURRENT
+from penstock.engine.batch import CURRENT, MicroBatch
 from penstock.engine.model.adapters import UNTRACEABLE
 from penstock.engine.model.opaque import LAYER, name_modules
 
@@ -189,7 +190,7 @@ def _install(layer: nn.Module, kind: _Kind) -> None:
     kind.reason = kind.reason or _own_code(layer)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kind.code is None or CURRENT.get().parks or _is_one_token():
+        if kind.code is None or _runs_eagerly(CURRENT.get()):
             return eager(*args, **kwargs)
         LAYER.set(layer)
         if not kind.is_sealed:
@@ -205,9 +206,10 @@ def _install(layer: nn.Module, kind: _Kind) -> None:
     layer.forward = forward
 
 
-def _is_one_token() -> bool:
-    spans = CURRENT.get().spans
-    return len(spans) == 1 and spans[0].length == 1
+def _runs_eagerly(batch: MicroBatch) -> bool:
+    """One token, and what compiled code must not do: switch to the executor, and read packed weights."""
+    is_one_token = len(batch.spans) == 1 and batch.spans[0].length == 1
+    return is_one_token or batch.parks or batch.reads_packed
 
 
 def _make_dynamic(inputs: Any, *, size: int) -> None:
