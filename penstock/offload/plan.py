@@ -207,7 +207,7 @@ class Plan:
     @property
     def device_share(self) -> float:
         """The share of layers that stay on the device."""
-        return len(self.layers_in(Tier.DEVICE)) / len(self.tiers)
+        return len(self.layers_in(Tier.DEVICE)) / max(len(self.tiers), 1)
 
     def layers_in(self, tier: Tier) -> tuple[int, ...]:
         """Return the indices of the layers that live in `tier`."""

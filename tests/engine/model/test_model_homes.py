@@ -19,7 +19,6 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from penstock import LLM, MemoryTiers, SamplingParams
-from penstock.engine.batch import MicroBatch
 from penstock.engine.model import hosted
 from penstock.io.settings import ReadSettings
 from penstock.offload.disk_kv import DiskRoom
@@ -198,12 +197,12 @@ class Hosted:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_host_ram_alone_gives_the_logits_of_transformers(
-    name: str, tmp_path: Path, device: str, kernel_directory: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, device: str, kernel_directory: Path
 ) -> None:
     """With 16 scores at once, keys are copied from there head by head."""
-    monkeypatch.setattr(MicroBatch.__init__, "__defaults__", (16,))
     save_checkpoint(make_config(FAMILIES[name], name), tmp_path)
     stream = Stream.open(tmp_path, device=device)
+    stream.max_scores = 16
     stream.kv = Hosted(stream, kernel_directory)
     with stream.kv.homes:
         assert worst_error(stream, reference(tmp_path, device=device)) <= 1e-4

@@ -98,12 +98,13 @@ class Forwarded:
 
 @dataclass(slots=True)
 class Stream:
-    """A model whose layers go through one slot."""
+    """A model whose layers go through one slot; `max_scores` attention scores are in memory at once."""
 
     model: StreamedModel
     executor: Executor
     kv: KVStore
     compiler: LayerCompiler
+    max_scores: int = 1 << 24
 
     @classmethod
     def open(cls, path: Path, *, dtype: str = "auto", device: str = "cpu", backend: str | None = None) -> Stream:
@@ -140,7 +141,7 @@ class Stream:
         for spans in batches:
             tokens = [(PROMPTS[s] + ANSWERS[s])[start:end] for s, start, end in spans]
             flat = torch.tensor([token for part in tokens for token in part], device=self.model.device)
-            batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv)
+            batch = MicroBatch(tuple(Span(s, start, end - start) for s, start, end in spans), self.kv, self.max_scores)
             kept = torch.arange(len(flat), device=flat.device) if keep is None else keep
             runs.append((batch, partial(self.model.forward, batch, flat, kept)))
         logits = self.executor.run_pass(runs)
