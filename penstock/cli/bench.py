@@ -162,6 +162,7 @@ def _measure(
         device=options.device,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
+        activation_dtype=options.activation_dtype,
         micro_batch_tokens=options.micro_batch_tokens,
         pass_tokens=options.pass_tokens,
         device_layers=options.device_layers,

@@ -173,6 +173,7 @@ def _identity(options: argparse.Namespace, known: Survey | None, parameters: Map
         "model": _fingerprint(options.model),
         "dtype": options.dtype,
         "kv_dtype": options.kv_dtype,
+        **({} if options.activation_dtype == "auto" else {"activation_dtype": options.activation_dtype}),
         **({} if codec is None else {"codec": {**asdict(codec), "exclude": list(codec.exclude)}}),
         "parameters": {name: value for name, value in parameters.items() if value is not None},
     }

@@ -60,6 +60,13 @@ def add_memory(parser: Any) -> Any:
         "(default: %(default)s)",
     )
     memory.add_argument(
+        "--activation-dtype",
+        choices=("auto", "fp8"),
+        default="auto",
+        help="what packed weights are multiplied with: auto (the run's dtype), or fp8, where both are rounded to e4m3; "
+        "faster on GPUs from compute capability 8.9 on (default: %(default)s)",
+    )
+    memory.add_argument(
         "--micro-batch-tokens", type=int, metavar="N", help="tokens that go through a layer in one call"
     )
     memory.add_argument(
@@ -105,6 +112,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
         device=options.device,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
+        activation_dtype=options.activation_dtype,
         micro_batch_tokens=options.micro_batch_tokens,
         io=settings,
         compile=options.compile,

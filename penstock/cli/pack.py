@@ -48,9 +48,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser = commands.add_parser(
         "quality",
-        help="compare a packed checkpoint with its model, or dtypes of keys and values",
+        help="compare a packed checkpoint with its model, or dtypes of keys and values and of activations",
         description="Show the error of every layer's weights, and the perplexity of a text with either model; or the "
-        "perplexity of a text with keys and values in each of several dtypes.",
+        "perplexity of a text with keys and values, or activations, in other dtypes.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run_quality)
@@ -66,6 +66,9 @@ def add_to(commands: Any) -> None:
         metavar="DTYPE",
         help=f"of keys and values, to compare with auto: {', '.join(KV_DTYPES[1:])}; may be repeated. The model is "
         "streamed",
+    )
+    parser.add_argument(
+        "--activation-dtype", choices=("fp8",), help="of what packed weights are multiplied with, to compare likewise"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")
@@ -99,20 +102,22 @@ def run_pack(options: argparse.Namespace) -> int:
 
 def run_quality(options: argparse.Namespace) -> int:
     """Run `penstock quality`."""
-    if bool(options.packed) == bool(options.kv_dtype):
-        fix = "Give PACKED, or --kv-dtype; to measure keys and values of a packed checkpoint, give it as the model."
-        raise ConfigError("quality compares either weights or keys and values", fix=fix)
+    if bool(options.packed) == bool(options.kv_dtype or options.activation_dtype):
+        fix = "Give PACKED, or --kv-dtype or --activation-dtype; for these, give a packed checkpoint as the model."
+        raise ConfigError("quality compares either weights or dtypes of a run", fix=fix)
     return _run_weights(options) if options.packed else _run_keys(options)
 
 
 def _run_keys(options: argparse.Namespace) -> int:
     if options.text is None:
-        raise ConfigError("keys and values are compared by the perplexity of a text", fix="Add --text FILE.")
+        raise ConfigError("dtypes of a run are compared by the perplexity of a text", fix="Add --text FILE.")
     names = [check_kv_dtype(name) for name in options.kv_dtype]
     from penstock.engine.kv_quality import kv_perplexities  # noqa: PLC0415
 
     _expect_long_texts()
-    found = kv_perplexities(options.model, options.text, names, dtype=options.dtype, device=options.device)
+    others = [options.activation_dtype] if options.activation_dtype else []
+    where = {"dtype": options.dtype, "device": options.device}
+    found = kv_perplexities(options.model, options.text, names, activation_dtypes=others, **where)
     print(json.dumps({"kv": [one.as_dict() for one in found]}) if options.json else _explain_keys(found))
     return 0
 
@@ -123,9 +128,10 @@ def _expect_long_texts() -> None:
 
 
 def _explain_keys(found: list[KVPerplexity]) -> str:
-    lines = ["kv dtype  bytes per token  perplexity  change"]
+    lines = ["kv dtype  activations  bytes per token  perplexity  change"]
     lines += [
-        f"{one.kv_dtype:<8}  {one.token_nbytes:>15}  {one.perplexity:>10.4f}  {one.change * 100:+.3f} %"
+        f"{one.kv_dtype:<8}  {one.activation_dtype:<11}  {one.token_nbytes:>15}  {one.perplexity:>10.4f}  "
+        f"{one.change * 100:+.3f} %"
         for one in found
     ]
     return "\n".join(lines)

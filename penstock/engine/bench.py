@@ -12,6 +12,7 @@ from typing import Any
 from penstock.engine.flops import ModelFlops, count_flops
 from penstock.engine.forecast import Forecast, Length
 from penstock.engine.llm import LLM
+from penstock.engine.rates import rates_of
 from penstock.engine.report import Progress, RunReport, Traffic
 from penstock.engine.sampling_params import SamplingParams
 from penstock.errors import ConfigError, ProfileError
@@ -176,7 +177,7 @@ class BenchReport:
         """Return the report for JSON: bytes, seconds, FLOPs; rates per second."""
 
         def phase(one: Phase | None) -> dict[str, Any] | None:
-            return None if one is None else one.as_dict(self.peaks, self.run.dtype)
+            return None if one is None else one.as_dict(self.peaks, self.run.product_dtype)
 
         run = self.run.as_dict()
         kept = (
@@ -219,7 +220,7 @@ class BenchReport:
         ]
         for name, phase in (("prefill", self.prefill), ("decode", self.decode), ("steady", self.steady)):
             if phase is not None:
-                lines += _explain(name, phase.as_dict(self.peaks, self.run.dtype))
+                lines += _explain(name, phase.as_dict(self.peaks, self.run.product_dtype))
         if self.forecast:
             share = self.tokens_per_second / self.forecast.tokens_per_second
             lines.append(f"{self.forecast.explain()}; {share:.1%} of that was reached")
@@ -294,7 +295,7 @@ def _foresee(llm: LLM, workload: Workload, peaks: Peaks) -> Forecast | None:
     """Return what the peaks would have had the run take; None where one of them is not known."""
     assert llm.last_run is not None
     try:
-        return llm.foresee(peaks.machine(llm.last_run.dtype), workload.lengths())
+        return llm.foresee(rates_of(peaks, llm.model, llm.path), workload.lengths())
     except ProfileError:
         return None
 

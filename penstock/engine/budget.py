@@ -12,13 +12,16 @@ from penstock.engine.model.build import StreamedModel
 from penstock.engine.planner import LIMITS
 from penstock.errors import BudgetError, ConfigError, DeviceError
 from penstock.io.limits import available_memory
+from penstock.kernels.fp8_linear import check_fp8
 from penstock.offload.plan import PassLimits
 from penstock.offload.tiers import MemoryTiers, format_size
 
-__all__ = ["check_rehearsal_fits", "find_device", "limits_of", "resolve"]
+__all__ = ["ACTIVATION_DTYPES", "check_activation_dtype", "check_rehearsal_fits", "find_device", "limits_of", "resolve"]
 
 LIBRARIES_NBYTES = 128 << 20
 """What torch, transformers and the kernels' libraries take in RAM once they are used, at most, measured."""
+
+ACTIVATION_DTYPES = ("auto", "fp8")
 
 logger = logging.getLogger("penstock.engine")
 
@@ -39,6 +42,16 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def check_activation_dtype(name: str, device: torch.device) -> bool:
+    """Return whether products are in FP8. Raises ConfigError for an unknown name, DeviceError where it cannot be."""
+    if name not in ACTIVATION_DTYPES:
+        wanted = f"one of {', '.join(ACTIVATION_DTYPES)}"
+        raise ConfigError("not a dtype of activations", wanted=wanted, got=repr(name))
+    if name == "fp8":
+        check_fp8(device)
+    return name == "fp8"
 
 
 def check_rehearsal_fits(model: StreamedModel, device: torch.device) -> None:

@@ -38,7 +38,7 @@ class Parameter(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Its bytes on the device."""
+        """Bytes of the device's memory that computing with it moves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def count_flops(model: StreamedModel) -> ModelFlops | None:
     return count(
         model.config.get_text_config(),
         model.resident.parameters,
-        [layout.parameters for layout in model.layer_layouts],
+        [(*layout.parameters, *layout.packed) for layout in model.layer_layouts],
         vocab_size=model.vocab_size,
     )
 

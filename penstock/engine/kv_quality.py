@@ -1,4 +1,4 @@
-"""What keys and values in fewer bits cost: the perplexity of a text with each dtype, through the engine itself."""
+"""What keys and values, and activations, in fewer bits cost: the perplexity of a text, through the engine itself."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ __all__ = ["KVPerplexity", "kv_perplexities"]
 
 @dataclass(frozen=True, slots=True)
 class KVPerplexity:
-    """Of `num_tokens` tokens, the first of each window not counted; `change` is against keys and values as they come.
+    """Of `num_tokens` tokens, the first of each window not counted; `change` is against both dtypes "auto".
 
     A token's keys and values take `token_nbytes` bytes in all layers together.
     """
 
     kv_dtype: str
+    activation_dtype: str
     token_nbytes: int
     num_tokens: int
     perplexity: float
@@ -38,18 +39,21 @@ def kv_perplexities(
     text: str | PathLike[str],
     kv_dtypes: Sequence[str],
     *,
+    activation_dtypes: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
 ) -> list[KVPerplexity]:
-    """Return the perplexity of a text file with "auto" and each of `kv_dtypes`, in this order.
+    """Return the perplexity of a text file with "auto", each of `kv_dtypes` and each of `activation_dtypes` by itself.
 
     The text is cut into windows, each predicted from an empty context, of `WINDOW` tokens or the model's context. The
     model is loaded once for each dtype and streamed, so it may be larger than memory. Raises PromptFileError for a
     text that cannot be used, and whatever `LLM` does.
     """
     found: list[KVPerplexity] = []
-    for name in dict.fromkeys(("auto", *kv_dtypes)):
-        with LLM(model, dtype=dtype, device=device, kv_dtype=name) as llm:
+    plain = ("auto", "auto")
+    kinds = (plain, *((name, "auto") for name in kv_dtypes), *(("auto", name) for name in activation_dtypes))
+    for kept, multiplied in dict.fromkeys(kinds):
+        with LLM(model, dtype=dtype, device=device, kv_dtype=kept, activation_dtype=multiplied) as llm:
             if llm.tokenizer is None:
                 raise RequestError("the model has no tokenizer", file=llm.path)
             windows = list(_windows(tokens_of(text, llm.tokenizer), min(WINDOW, llm.context_length or WINDOW)))
@@ -57,7 +61,8 @@ def kv_perplexities(
         count = sum(len(output.token_ids) for output in outputs)
         perplexity = math.exp(-sum(output.logprob for output in outputs) / count)
         first = found[0].perplexity if found else perplexity
-        found.append(KVPerplexity(name, llm.kv_token_nbytes, count, perplexity, perplexity / first - 1))
+        change = perplexity / first - 1
+        found.append(KVPerplexity(kept, multiplied, llm.kv_token_nbytes, count, perplexity, change))
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar
 import psutil
 import torch
 
-from penstock.engine.budget import check_rehearsal_fits, find_device, limits_of, resolve
+from penstock.engine.budget import check_activation_dtype, check_rehearsal_fits, find_device, limits_of, resolve
 from penstock.engine.code_on_load import CodeOnLoad, check_plain
 from penstock.engine.executor import Executor
 from penstock.engine.flops import count_flops
@@ -88,17 +88,18 @@ class LLM:
     `model` is a directory with `config.json` and safetensors files, read in place; the bundled model when left out.
     `tiers` bounds device and host memory; what does not fit stays on disk and is read again in every pass. `dtype` is
     "auto" (the checkpoint's) or a torch dtype's name. Keys and values rest as `kv_dtype`: "auto" (as they come),
-    "bf16", or quantised: "fp8", "int8", "int4". `micro_batch_tokens`, `pass_tokens` and `device_layers` replace the
-    defaults of `PassLimits`. `io` says how the disk is read. `compile` compiles each kind of layer at start-up, or
-    leaves all eager; "auto" compiles where that pays. A `checkpoint` that is given stands for the directory's own
-    weights. With a `codec`, layers are coded as they are loaded, as `penstock pack` would do it, rest so in host RAM
-    and travel so; none is left on NVMe. What moves and computes when goes into a `trace` that is given. The plan is the
-    best for requests of the lengths that it `expects` on this `hardware`, by `objective`: the whole run soonest
-    ("throughput"), or a request soonest on average ("latency"); without either, the usual one. With `tiers="auto"` the
-    budgets are most of what is free, and the machine is what `penstock profile` has kept in ~/.cache, if it has. Code
-    that is compiled for attention in host RAM is kept in `kernel_directory`, where given. Keys and values on NVMe are
-    in a file without a name, in the directory `kv_scratch`: else in the model's, or /var/tmp where that cannot be. A
-    context manager; `close` gives all memory back.
+    "bf16", or quantised: "fp8", "int8", "int4". With "fp8" as `activation_dtype`, what goes into linear layers whose
+    weights are packed is quantised, too, and the products are those of e4m3 numbers. `micro_batch_tokens`,
+    `pass_tokens` and `device_layers` replace the defaults of `PassLimits`. `io` says how the disk is read. `compile`
+    compiles each kind of layer at start-up, or leaves all eager; "auto" compiles where that pays. A `checkpoint` that
+    is given stands for the directory's own weights. With a `codec`, layers are coded as they are loaded, as `penstock
+    pack` would do it, rest so in host RAM and travel so; none is left on NVMe. What moves and computes when goes into a
+    `trace` that is given. The plan is the best for requests of the lengths that it `expects` on this `hardware`, by
+    `objective`: the whole run soonest ("throughput"), or a request soonest on average ("latency"); without either, the
+    usual one. With `tiers="auto"` the budgets are most of what is free, and the machine is what `penstock profile` has
+    kept in ~/.cache, if it has. Code that is compiled for attention in host RAM is kept in `kernel_directory`, where
+    given. Keys and values on NVMe are in a file without a name, in the directory `kv_scratch`: else in the model's, or
+    /var/tmp where that cannot be. A context manager; `close` gives all memory back.
 
     Raises CheckpointError and ModelError for a model that cannot be read or run, and BudgetError for one that does not
     fit, saying what would be enough; TargetError and NoSpaceError for a disk that cannot have keys and values. Nothing
@@ -117,6 +118,7 @@ class LLM:
         device_layers: int | None = None,
         io: ReadSettings | None = None,
         kv_dtype: str = "auto",
+        activation_dtype: str = "auto",
         compile: bool | Literal["auto"] = "auto",  # noqa: A002 - torch's own word for it
         on_load: Callable[[int, int], None] | None = None,
         checkpoint: Checkpoint | None = None,
@@ -131,7 +133,7 @@ class LLM:
         self.path = DEFAULT_MODEL if model is None else Path(model)
         self._device = find_device(device)
         self._io = io or ReadSettings()
-        self._kv_dtype = check_kv_dtype(kv_dtype)
+        self._kv_dtype, in_fp8 = check_kv_dtype(kv_dtype), check_activation_dtype(activation_dtype, self._device)
         self._closed = False
         self._generation: Generation | None = None
         asked = {"micro_batch_tokens": micro_batch_tokens, "pass_tokens": pass_tokens, "device_layers": device_layers}
@@ -142,7 +144,7 @@ class LLM:
         self._start_up = StartUp()
         checkpoint = checkpoint or Checkpoint.open(self.path)
         code = self._code_on_load(codec)
-        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device), code=code)
+        self._model = load_model(self.path, checkpoint, dtype=dtype, device=str(self._device), code=code, in_fp8=in_fp8)
         check_decoders((self._model.resident, *self._model.layer_layouts), self._device)
         self.tokenizer = _find_tokenizer(self.path)
         self._end_ids = end_token_ids(self.path, self._model.config, self.tokenizer)
@@ -541,6 +543,8 @@ class LLM:
             | {"block_bytes": self._io.block_nbytes, "in_flight_bytes": self._io.in_flight_nbytes},
             compilation=self._compiler.report(),
             codec=None if self._codec is None else self._codec.codec,
+            activation_dtype="fp8" if self._model.in_fp8 else "auto",
+            product_dtype=self._model.product_dtype,
             forecast=self._forecast,
         )
 

@@ -21,8 +21,14 @@ __all__ = ["measured", "rates_of"]
 
 
 def rates_of(hardware: HardwareProfile | Peaks | Machine, model: StreamedModel, path: Path) -> Machine:
-    """Return the rates of passes in the dtype of a model at `path`, on its device. Raises OSError."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    """Return the rates of passes in the dtype of a model at `path`, on its device. Raises OSError.
+
+    Products of a dtype that was not measured count as those of the model's own.
+    """
+    known = hardware.matmul if isinstance(hardware, Peaks) else {}
+    if isinstance(hardware, HardwareProfile):
+        known = hardware.links.matmul
+    dtype = model.product_dtype if model.product_dtype in known else str(model.dtype).removeprefix("torch.")
     if isinstance(hardware, Peaks):
         return hardware.machine(dtype)
     if isinstance(hardware, HardwareProfile):

@@ -95,7 +95,7 @@ def rehearse(model: StreamedModel, executor: Executor, *, sampler_nbytes: int, k
     copied, older = window_workspace(windows)
     return ModelShape(
         resident_nbytes=model.resident.nbytes,
-        fixed_nbytes=sampler_nbytes + converting + older,
+        fixed_nbytes=sampler_nbytes + converting + older + model.scratch_nbytes,
         layer_nbytes=tuple(layout.nbytes for layout in layers),
         wire_nbytes=tuple(layout.wire_nbytes for layout in layers),
         workspace_nbytes=-(-max(watch.peak - kept, 0) // NUM_TOKENS) + copied,

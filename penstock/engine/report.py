@@ -129,8 +129,8 @@ class RunReport:
     device budget. Once there was a plan, it was to be `planned_process_nbytes`, were all memory used.
     `peak_device_nbytes` is the most that tensors took on a GPU since loading began. Sequences gave way to older ones
     `num_preemptions` times, for which `recomputed_tokens` went through the model again; no other number counts them.
-    `codec` is what layers were packed with on load. Of the passes, `recorded_passes` were played as they had been
-    recorded once, or were the first of their kind.
+    `codec` is what layers were packed with on load. Most matrix products are in `product_dtype`. Of the passes,
+    `recorded_passes` were played as they had been recorded once, or were the first of their kind.
     """
 
     num_requests: int
@@ -157,6 +157,8 @@ class RunReport:
     forecast: Forecast | None = None
     peak_hosted: int = 0
     codec: str | None = None
+    activation_dtype: str = "auto"
+    product_dtype: str = ""
     peak_on_nvme: int = 0
     recorded_passes: int = 0
 
@@ -226,6 +228,7 @@ class RunReport:
             "dtype": self.dtype,
             "kv_dtype": self.plan.kv_dtype,
             "codec": self.codec,
+            "activation_dtype": self.activation_dtype,
         }
 
     def explain(self) -> str:

@@ -3,13 +3,14 @@
 A *unit* is one decoder layer, or the resident unit (embedding, final norm, head). Its buffer is one flat run of bytes:
 
     0                              wire_offset                                             nbytes
-    | converted, expanded parameters | placed parameters | coded parts, sources of conversions |
-                                     '---------------------- wire -----------------------------'
+    | converted, expanded parameters | placed, packed parameters | coded parts, sources of conversions |
+                                     '--------------------------- wire --------------------------------'
 
 *Placed* parameters are made of the checkpoint's own bytes, moved and nothing else: nearly all of them, unless the
 checkpoint is packed. *Expanded* ones are decoded from coded parts, *converted* ones (a cast, a transposition) computed
-from their sources, on the device, right after these arrived. So what travels and rests, the wire bytes, is one
-contiguous run at the end of the buffer, whatever the parameters need.
+from their sources, on the device, right after these arrived. *Packed* ones stay coded: whoever computes with them takes
+the parts. So what travels and rests, the wire bytes, is one contiguous run at the end of the buffer, whatever the
+parameters need.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from penstock.io.files import SourceFile
 from penstock.offload.codec import Coding
 from penstock.offload.scaled import ScaledCoding
 
-__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Encoding", "Expansion", "Extent", "Layout", "View"]
+__all__ = ["PARAMETER_ALIGNMENT", "Conversion", "Encoding", "Expansion", "Extent", "Layout", "Packed", "View"]
 
 PARAMETER_ALIGNMENT = 256
 """Every view starts on a multiple of this many bytes, whichever tier it comes from, so that kernels see the same
@@ -99,8 +100,27 @@ class Expansion:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix that is computed with as it is coded: `parts` stand for it."""
+
+    name: str
+    coding: Coding
+    parts: tuple[View, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's."""
+        return self.coding.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that go to and fro when it is multiplied with: the parts, and a byte for each element, both ways."""
+        return sum(part.nbytes for part in self.parts) + 2 * self.coding.size
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """One unit's buffer. `parameters` holds persistent buffers too; tied parameters appear once.
+    """One unit's buffer. `parameters` holds persistent buffers too, and no `packed` ones; tied ones appear once.
 
     On arrival the expansions run first, then the conversions, whose sources may be expanded ones. Bytes that are in no
     extent are made by the `encodings`, once, when the unit is loaded: then it cannot rest on the disk.
@@ -114,6 +134,7 @@ class Layout:
     nbytes: int
     expansions: tuple[Expansion, ...] = ()
     encodings: tuple[Encoding, ...] = ()
+    packed: tuple[Packed, ...] = ()
 
     @property
     def wire_nbytes(self) -> int:

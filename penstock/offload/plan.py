@@ -115,9 +115,9 @@ class ModelShape:
         return self.resident_nbytes + sum(self.staying_nbytes)
 
     def loading_nbytes(self, layers: Iterable[int]) -> int:
-        """Bytes for loading layers that stay, one after the other: a whole buffer, where one keeps only a part."""
+        """Bytes for loading layers that stay, one after the other: whole buffers, where they are made elsewhere."""
         pairs = ((self.layer_nbytes[index], self.staying_nbytes[index]) for index in layers)
-        return max((whole for whole, kept in pairs if kept < whole), default=0)
+        return max((whole for whole, kept in pairs if kept < whole or self.packed_on_load), default=0)
 
     def workspace_of(self, micro_batch_tokens: int, pass_tokens: int) -> int:
         """Bytes of activations that passes of this size need."""

@@ -232,3 +232,26 @@ def test_products_with_packed_weights(compiled, bits: int, symmetric: bool, rows
         weight = PackedWeight(made.codes, made.scale, made.zero, 1024, bits, group_size)
         call = partial(kernels.packed_linear, torch.zeros(rows, 1024, dtype=torch.bfloat16), weight, None)
         assert set(compiled(call)) == {"_multiply", "_add"}
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False), (8, True)])
+def test_packed_weights_for_products_in_fp8(compiled, request, bits: int, symmetric: bool) -> None:
+    """Of which only newer GPUs know the numbers. Code is the same whatever the rows, and one load is of whole words."""
+    if request.node.callspec.params["compiled"] < 89:
+        pytest.skip("e4m3 is for compute capability 8.9 and newer")
+    kernels = importlib.import_module("penstock.kernels.fp8_linear_triton")
+    made = quantise(torch.ones(32, 1024), bits=bits, group_size=64, symmetric=symmetric)
+    weight = PackedWeight(made.codes, made.scale, made.zero, 1024, bits, 64)
+    out, factors = torch.empty(32, 1024, dtype=torch.float8_e4m3fn), torch.empty(32)
+    (code,) = compiled(partial(kernels.expand_rows, weight, out, factors)).values()
+    assert "cvt.rn.satfinite.e4m3x2.f32" in code.asm["ptx"]
+    assert "cvt.rn.f32.s32" not in code.asm["ptx"]
+
+
+@pytest.mark.parametrize("columns", [64, 7168, 28672])
+def test_rows_for_products_in_fp8(compiled, request, columns: int) -> None:
+    if request.node.callspec.params["compiled"] < 89:
+        pytest.skip("e4m3 is for compute capability 8.9 and newer")
+    kernels = importlib.import_module("penstock.kernels.fp8_linear_triton")
+    for rows in (torch.zeros(5, columns, dtype=torch.bfloat16), torch.zeros(5, 3 * columns)[:, :columns]):
+        assert set(compiled(partial(kernels.quantise_rows, rows))) == {"_quantise"}

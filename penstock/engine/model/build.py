@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from penstock.engine.batch import MicroBatch
 from penstock.engine.model.adapters import Adaptation, adapt, refuse
 from penstock.engine.model.attention import ATTENTION
+from penstock.engine.model.fp8 import bind_fp8, can_stay_packed, multiply_in_fp8
 from penstock.engine.model.mapping import WeightMap, map_weights
 from penstock.engine.model.packed import bind_packed, let_read_packed, unbind_packed
 from penstock.engine.model.tail import gate_bodies, score_rows, watch_tail
@@ -66,7 +68,8 @@ class StreamedModel:
     `layers` are the decoder layers in order; `layer_layouts` says what each one's buffer holds, `resident` what that of
     all the rest holds. `splits_prompts` is false where a prompt must go through in one span. `adapters` names the code
     of this package that runs in place of transformers' own. `checks` are the checksums of a packed checkpoint. With
-    `reads_packed`, layers bound to their wire bytes, too, can read those in micro-batches that say so.
+    `reads_packed`, layers bound to their wire bytes, too, can read those in micro-batches that say so. With `in_fp8`,
+    packed weights are multiplied with in FP8, in `scratch_nbytes` of the device that are the model's own.
     """
 
     module: Any
@@ -82,9 +85,17 @@ class StreamedModel:
     adapters: tuple[str, ...]
     checks: tuple[Check, ...]
     reads_packed: bool
+    in_fp8: bool
+    scratch_nbytes: int
     _aliases: Mapping[str, tuple[str, ...]]
     _inputs: Mapping[str, Any]
     _accepts: frozenset[str]
+
+    @property
+    def product_dtype(self) -> str:
+        """The dtype that most matrix products are computed in: torch's name."""
+        in_fp8 = self.in_fp8 and self.device.type == "cuda"
+        return "float8_e4m3fn" if in_fp8 else str(self.dtype).removeprefix("torch.")
 
     def bind_resident(self, buffer: Tensor) -> None:
         """Make everything but the layers, tied parameters included, views of a flat uint8 buffer on `device`."""
@@ -112,6 +123,8 @@ class StreamedModel:
         """Assert that every parameter that the forward needs has memory."""
         names = [view.name for layout in (self.resident, *self.layer_layouts) for view in layout.parameters]
         names += [alias for aliases in self._aliases.values() for alias in aliases]
+        packed = (one.name for layout in self.layer_layouts for one in layout.packed)
+        names += [f"{name.rpartition('.')[0]}.codes" for name in packed]
         unbound = [name for name in names if _look_up(self.module, name).is_meta]
         assert not unbound, f"not bound: {unbound[:5]}"
 
@@ -159,6 +172,7 @@ class StreamedModel:
                     owner._parameters[leaf] = value
                 else:
                     owner._buffers[leaf] = value.data
+        bind_fp8(self.module, layout, buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,13 +208,15 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     code: Callable[[Stored, Any, str, nn.ModuleList], Stored] | None = None,
+    in_fp8: bool = False,
 ) -> StreamedModel:
     """Build the model of a checkpoint directory and map its weights; read headers only, no weights, no network.
 
     `dtype` is "auto" (the checkpoint's), or the one to compute in. A `checkpoint` that is given stands for the
     directory's own weights. `code`, called with its tensors, the module, and the name and list of its layers, may let
-    coded tensors stand for plain ones. Raises ModelError where the model cannot be run so, and CheckpointError where
-    the checkpoint does not make the model.
+    coded tensors stand for plain ones. With `in_fp8`, packed weights of linear layers are multiplied with in FP8.
+    Raises ModelError where the model cannot be run so, ConfigError where there is nothing to multiply, and
+    CheckpointError where the checkpoint does not make the model.
     """
     directory, device = Path(path), torch.device(device)
     config = load_config(directory)
@@ -221,7 +237,9 @@ def load_model(
         num_layers=len(layers),
         dtype=made.dtype,
         needed=made.needed,
+        stays=partial(can_stay_packed, module) if in_fp8 else None,
     )
+    scratch = multiply_in_fp8(module, weights.layers, device) if in_fp8 else None
     _report(directory, adaptation, weights)
     text = module.config.get_text_config()
     return StreamedModel(
@@ -237,7 +255,9 @@ def load_model(
         splits_prompts=adaptation.splits_prompts,
         adapters=adaptation.names,
         checks=tuple(stored.checks.values()),
-        reads_packed=let_read_packed(module, weights.layers, weights.aliases),
+        reads_packed=not in_fp8 and let_read_packed(module, weights.layers, weights.aliases),
+        in_fp8=in_fp8,
+        scratch_nbytes=scratch.nbytes if scratch else 0,
         _aliases=weights.aliases,
         _inputs={name: value.to(device) for name, value in adaptation.inputs.items()},
         _accepts=frozenset(inspect.signature(type(module).forward).parameters),

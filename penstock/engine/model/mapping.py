@@ -19,6 +19,7 @@ from penstock.engine.model.symbolic import Box, NotPureMovement, SymbolicTensor
 from penstock.errors import CheckpointError, MissingWeightError, UnsupportedFormatError
 from penstock.io.files import TensorEntry
 from penstock.offload.buffers import DTYPES
+from penstock.offload.codec import Coding
 from penstock.offload.layout import Layout
 from penstock.offload.manifest import CodedTensor
 
@@ -50,12 +51,13 @@ def map_weights(
     num_layers: int,
     dtype: torch.dtype,
     needed: Callable[[str], bool],
+    stays: Callable[[str, Coding], bool] | None = None,
 ) -> WeightMap:
     """Lay out every parameter and persistent buffer for which `needed(name)` holds.
 
     `layers` is the name of the module list whose members are the streamed units; the rest is the resident unit. Tensors
-    that no parameter needs are ignored. Raises MissingWeightError, UnsupportedFormatError, and CheckpointError where a
-    tensor does not fit its parameter.
+    that no parameter needs are ignored. Parameters of layers for which `stays(name, coding)` holds are not decoded.
+    Raises MissingWeightError, UnsupportedFormatError, and CheckpointError where a tensor does not fit its parameter.
     """
     dtypes = parameter_dtypes(model, dtype)
     targets = {
@@ -78,6 +80,9 @@ def map_weights(
     _check_missing(model, directory, set(targets) - provided - {alias for names in aliases.values() for alias in names})
     duplicates = provided & {alias for names in aliases.values() for alias in names}
     units = _assign(pieces, aliases, duplicates, layers)
+    if stays is not None:
+        for index in range(num_layers):
+            units[index] = [_undecoded(piece, tensors, aliases, stays) for piece in units[index]]
     return WeightMap(
         resident=lay_out(units[-1], tensors),
         layers=tuple(lay_out(units[index], tensors) for index in range(num_layers)),
@@ -127,6 +132,24 @@ def _move(target: Target, tensor: Tensor, tensors: Sources) -> Piece | None:
         return None
     runs = tuple((name, start) for name, start in zip(names, starts, strict=True) if start is not None)
     return Expanded(target, runs) if len(runs) == len(names) else None
+
+
+def _undecoded(
+    piece: Piece, tensors: Sources, aliases: Mapping[str, tuple[str, ...]], stays: Callable[[str, Coding], bool]
+) -> Piece:
+    """Return a piece; if it is a parameter of its own that stays coded, marked so. Such are not cast either."""
+    if isinstance(piece, Converted) and piece.group.renames_only:
+        (target,), names = piece.targets, piece.group.sources
+    elif isinstance(piece, Expanded):
+        target, names = piece.target, [name for name, _ in piece.runs]
+    else:
+        return piece
+    source = tensors[names[0]]
+    if len(names) > 1 or target.name in aliases or not isinstance(source, CodedTensor):
+        return piece
+    whole = isinstance(source.coding, Coding) and source.shape == target.shape
+    stay = isinstance(source.coding, Coding) and whole and stays(target.name, source.coding)
+    return Expanded(target, ((names[0], 0),), stays=True) if stay else piece
 
 
 def _whole(box: Box, shape: Sequence[int], tensors: Sources) -> int | None:

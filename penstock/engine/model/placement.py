@@ -17,7 +17,7 @@ from penstock.engine.model.symbolic import Box
 from penstock.io.files import TensorEntry
 from penstock.offload.buffers import dtype_name
 from penstock.offload.codec import Coding
-from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Encoding, Expansion, Extent, Layout, View
+from penstock.offload.layout import PARAMETER_ALIGNMENT, Conversion, Encoding, Expansion, Extent, Layout, Packed, View
 from penstock.offload.manifest import CodedTensor
 from penstock.offload.scaled import ScaledCoding
 
@@ -53,10 +53,14 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A parameter made of coded tensors, each of which fills one run of it: (name, first element)."""
+    """A parameter made of coded tensors, each of which fills one run of it: (name, first element).
+
+    One that `stays` is a single tensor, and not decoded.
+    """
 
     target: Target
     runs: tuple[tuple[str, int], ...]
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,13 @@ class _Buffer:
             self._bring(one, tuple(view.offset + index * step for view in first))
         self.expansions.append(Expansion(coded[0].coding, first, target, len(coded), step, target_step))
 
+    def packed(self, name: str, one: CodedTensor) -> Packed:
+        """Make room for the parts of a parameter that stays coded."""
+        assert isinstance(one.coding, Coding)
+        parts = tuple(self.view(part.name, part.dtype, part.shape, part.nbytes) for part in one.parts)
+        self._bring(one, tuple(part.offset for part in parts))
+        return Packed(name, one.coding, parts)
+
     def _bring(self, one: CodedTensor, destinations: tuple[int, ...]) -> None:
         """Have the parts of a coded tensor read, or made."""
         if one.origin is None:
@@ -136,7 +147,8 @@ def lay_out(pieces: Sequence[Piece], sources: Sources) -> Layout:
     """Lay out one unit: what is computed first, then what arrives, each in the order of its bytes on disk."""
     buffer = _Buffer(sources)
     converted = [piece for piece in pieces if isinstance(piece, Converted)]
-    expanded = _sorted([piece for piece in pieces if isinstance(piece, Expanded)], sources)
+    coded_ones = _sorted([piece for piece in pieces if isinstance(piece, Expanded)], sources)
+    expanded = [piece for piece in coded_ones if not piece.stays]
     placed = _sorted([piece for piece in pieces if isinstance(piece, Placed)], sources)
     parameters = [buffer.parameter(target) for one in converted for target in one.targets]
     decoded = [buffer.parameter(piece.target) for piece in expanded]
@@ -146,6 +158,9 @@ def lay_out(pieces: Sequence[Piece], sources: Sources) -> Layout:
         view = buffer.parameter(piece.target)
         parameters.append(view)
         buffer.extents.extend(_extents(piece, view.offset, sources))
+    packed = tuple(
+        buffer.packed(piece.target.name, _coded(sources[piece.runs[0][0]])) for piece in coded_ones if piece.stays
+    )
     parameter_nbytes = buffer.end
     for coded, view in zip(expanded, decoded, strict=True):
         _expand(buffer, coded, view)
@@ -166,6 +181,7 @@ def lay_out(pieces: Sequence[Piece], sources: Sources) -> Layout:
         nbytes=buffer.end,
         expansions=tuple(buffer.expansions),
         encodings=tuple(sorted(buffer.encodings, key=lambda one: (str(one.file.path), one.source))),
+        packed=packed,
     )
 
 
