@@ -99,7 +99,7 @@ def measure_all(every: Sequence[argparse.Namespace]) -> Iterator[BenchReport]:
     for one in every:  # what is wrong is said before anything takes its time
         for look in (asked_codec, tiers_of, _workload):
             look(one)
-    profile, progress = stored_profile(), ProgressLine()
+    profile, progress = stored_profile(_on_disk(first)), ProgressLine()
     with _checkpoint(first, progress) as checkpoint:
         peaks = bench.measure_peaks(
             max(checkpoint.files, key=lambda file: file.nbytes),
@@ -121,8 +121,13 @@ def _workload(options: argparse.Namespace) -> Workload:
 
 
 def _settings(options: argparse.Namespace, profile: HardwareProfile | None) -> ReadSettings:
-    made_here = options.shape or options.dummy
-    return read_settings(options, options.scratch if made_here else options.model, profile)
+    return read_settings(options, _on_disk(options), profile)
+
+
+def _on_disk(options: argparse.Namespace) -> str:
+    """Return what lies on the disk that weights are read from."""
+    found: str = options.scratch if options.shape or options.dummy else options.model
+    return found
 
 
 @contextmanager

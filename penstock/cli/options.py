@@ -104,7 +104,7 @@ def open_llm(options: argparse.Namespace, tiers: MemoryTiers, progress: Progress
 
     codec = asked_codec(options)
     model = options.model or engine.DEFAULT_MODEL
-    profile = stored_profile()
+    profile = stored_profile(model)
     settings = read_settings(options, model, profile)
     llm = engine.LLM(
         options.model,

@@ -85,7 +85,7 @@ def run_pack(options: argparse.Namespace) -> int:
         options.model,
         options.out,
         choice,
-        settings=read_settings(options, options.model, stored_profile()),
+        settings=read_settings(options, options.model, stored_profile(options.model)),
         on_progress=lambda done, total: progress.show(f"packed {format_size(done)} of {format_size(total)}"),
     )
     progress.clear()

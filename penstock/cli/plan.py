@@ -159,7 +159,7 @@ def _hardware(options: argparse.Namespace) -> Hardware:
     path = options.model if options.model and os.path.isdir(options.model) else None
     if options.hardware:
         return find_hardware(options.hardware, path=path)
-    profile = stored_profile()
+    profile = stored_profile(path)
     if profile is None:
         known = ", ".join(sorted(file.stem for file in HARDWARE.glob("*.json")))
         raise ConfigError(

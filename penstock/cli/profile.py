@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import penstock
 from penstock.cli.output import ProgressLine, check_output
-from penstock.errors import ConfigError, PenstockError
+from penstock.errors import ConfigError, OutputError, PenstockError, TargetError
 from penstock.io.interrupts import held_back
 from penstock.offload.tiers import format_size, parse_size
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from penstock.io.sweep import Deadline
     from penstock.offload.hardware import HardwareProfile, Links
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "measure_again"]
+
+logger = logging.getLogger("penstock.cli")
 
 QUICK, NORMAL, THOROUGH = 15.0, 90.0, 300.0
 _START_AND_END_SHARE, _START_AND_END_SECONDS = 0.2, 3.0
@@ -38,6 +41,8 @@ _MIN_SECONDS = 5.0
 _QUICK_BLOCKS, _QUICK_DEPTHS = "256KiB,1MiB,4MiB", "1,4,16,64"
 _BLOCKS, _DEPTHS = "128KiB,256KiB,512KiB,1MiB,2MiB,4MiB,8MiB,16MiB", "1,2,4,8,16,32,64"
 _QUICK_SCRATCH_BYTES = 1 << 30
+_UNASKED_SCRATCH_BYTES = 64 << 20
+"""What is written, at most, when a machine is measured that nobody asked to have measured."""
 
 
 def add_to(commands: Any) -> None:
@@ -94,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         check_installed()
     if options.dry_run:
         return _dry_run(targets, wanted, seconds)
-    profile = _measure(options, targets, wanted, began, seconds)
+    profile = _measure(targets, wanted, began, seconds, verify_fio=options.verify_fio)
     kept = profile_path(os.environ.get("XDG_CACHE_HOME"))
     profile.store(kept)
     human = sys.stderr if options.json == "-" else sys.stdout
@@ -104,6 +109,30 @@ def run(options: argparse.Namespace) -> int:
         print(explain_changes(compare(old, profile)), file=human)
     _write_results(options, profile)
     return _judge(options.expect_gbps, profile)
+
+
+def measure_again(model: str | os.PathLike[str] | None, kept: Path) -> HardwareProfile:
+    """Measure this machine as `--quick` does, in place of a profile in the file `kept` that is of no use, and keep it.
+
+    What is read is the model's largest shard; a small scratch file here where there is none, or none large enough.
+    Raises TargetError and NoSpaceError.
+    """
+    from penstock.io.scratch import Target, choose_target  # noqa: PLC0415 - numpy
+
+    began = time.monotonic()
+    wanted = _options(argparse.Namespace(block=None, depth=None, size=None, max_write="4GiB"), QUICK)
+    try:
+        target = choose_target(model or ".")
+    except TargetError:
+        target = Target("directory", Path(), Path(), None)
+    if target.file is None:
+        wanted = replace(wanted, size=_UNASKED_SCRATCH_BYTES)
+    profile = _measure([target], wanted, began, QUICK, verify_fio=False)
+    try:
+        profile.store(kept)
+    except OutputError as error:
+        logger.warning("what was measured is not kept: %s", error)
+    return profile
 
 
 def _seconds(options: argparse.Namespace) -> float:
@@ -157,7 +186,7 @@ def _dry_run(targets: list[Target], wanted: ProfileOptions, seconds: float) -> i
 
 
 def _measure(
-    options: argparse.Namespace, targets: list[Target], wanted: ProfileOptions, began: float, seconds: float
+    targets: list[Target], wanted: ProfileOptions, began: float, seconds: float, *, verify_fio: bool
 ) -> HardwareProfile:
     from penstock.io.advice import Warn, host_warnings  # noqa: PLC0415 - numpy, here and below
     from penstock.io.facts import host_facts  # noqa: PLC0415
@@ -186,7 +215,7 @@ def _measure(
             profile = disk.profile(wanted, seed=os.getpid(), on_step=show)
             if number == 0:
                 links = _links(disk, profile, share, torch, show)
-            if options.verify_fio:
+            if verify_fio:
                 profile = _verify(disk, profile, host, show)
         disks.append(profile)
     progress.clear()

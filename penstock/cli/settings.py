@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import ProfileError
+from penstock.errors import PenstockError, ProfileError
 from penstock.io.settings import ReadSettings
 from penstock.offload.tiers import parse_size
 
@@ -45,8 +46,11 @@ def read_settings(
     )
 
 
-def stored_profile() -> HardwareProfile | None:
-    """Return what `penstock profile` has kept, or None; a profile of no use is said and left alone."""
+def stored_profile(model: str | os.PathLike[str] | None) -> HardwareProfile | None:
+    """Return what `penstock profile` has kept, or None where it has kept nothing.
+
+    A profile that is damaged, or of another version, is said, and the machine measured again, with the disk of `model`.
+    """
     from penstock.offload.hardware import HardwareProfile, profile_path  # noqa: PLC0415 - numpy
 
     path = profile_path(os.environ.get("XDG_CACHE_HOME"))
@@ -55,8 +59,14 @@ def stored_profile() -> HardwareProfile | None:
     try:
         return HardwareProfile.load(path)
     except ProfileError as error:
-        logger.warning("the profile of this machine is not used: %s", error)
-        return None
+        from penstock.cli.profile import QUICK, measure_again  # noqa: PLC0415 - only where it is needed
+
+        print(f"penstock: {error} This is done now, in at most {QUICK:.0f} s.", file=sys.stderr)
+        try:
+            return measure_again(model, path)
+        except PenstockError as why:
+            logger.warning("this machine could not be measured: %s", why)
+            return None
 
 
 def kernel_directory() -> Path:

@@ -9,7 +9,7 @@ from penstock.engine.forecast import Forecast
 from penstock.engine.model.compile import Compilation
 from penstock.engine.scheduler import Schedule
 from penstock.engine.startup import StartUp
-from penstock.offload.cost import COMPUTING, NVME_TO_HOST
+from penstock.offload.cost import COMPUTING, HOST_ATTENTION, HOST_TO_DEVICE, NVME_TO_HOST
 from penstock.offload.homes import HomesStatistics
 from penstock.offload.plan import Plan
 from penstock.offload.stream import StreamStatistics
@@ -283,9 +283,14 @@ class RunReport:
         share = self.num_passes / self.forecast.passes
         traffic, busy = self.traffic, self.forecast.busy_seconds
         disk = None if self.plan.kv_nvme_nbytes else traffic.disk_busy_seconds  # of two readers, each by itself
+        computing = traffic.layers_seconds - traffic.stall_seconds
+        if HOST_ATTENTION in busy:  # else the processor that attends is the device, and is forecast to compute then
+            computing -= traffic.attention_stall_seconds
         reached: dict[str, float | None] = {
-            COMPUTING: traffic.layers_seconds - traffic.stall_seconds,
+            COMPUTING: computing,
             NVME_TO_HOST: disk,
+            HOST_TO_DEVICE: None if self.plan.nvme_nbytes else traffic.transfer_seconds or None,  # from host RAM alone
+            HOST_ATTENTION: traffic.attention_seconds,
         }
         whole = Reckoning("all", self.forecast.seconds * share, self.seconds)
         return whole, *(Reckoning(name, busy[name] * share, reached.get(name)) for name in busy if busy[name])

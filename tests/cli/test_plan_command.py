@@ -106,6 +106,9 @@ def test_what_does_not_fit_is_answered_with_what_does(capsys):
         (["--shape", "tiny", "--hardware", "h200", "--requests", "0"], "ConfigError: --requests"),
         (["--shape", "tiny", "--hardware", "h200", "--gen-len", "9000"], "exceeds the model's context"),
         (["--shape", "tiny", "--hardware", "h200", "--device-memory", "1TiB"], "more than there is for it"),
+        (["--shape", "tiny", "--hardware", "h200", "--host-memory", "1TiB"], "more than there is for it"),
+        (["--shape", "tiny", "--hardware", "h200", "--device-memory", "20 elephants"], "SizeError: not a memory size"),
+        (["--shape", "tiny", "--hardware", "h200", "--kv-nvme", "-1"], "SizeError: not a memory size"),
         (["--shape", "tiny", "--hardware", "h200", "--dtype", "int3"], "not a dtype"),
         (["--shape", "opt-30b", "--hardware", "h200", "--codec", "exact"], "cannot be packed so"),
         (["--shape", "kimi-k2-fp8", "--hardware", "h200", "--codec", "int4"], "quantised with fp8 cannot be packed"),
@@ -121,6 +124,16 @@ def test_mistakes_are_named(capsys, arguments, message):
     status, out, err = run(capsys, *arguments)
     assert (status, out) == (1, "")
     assert message in err
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": "penstock-profile/1"}', "[]", '{"schema": "penstock-hardware/9"}'])
+def test_a_description_of_no_use_is_named(capsys, tmp_path, text):
+    """Nothing is measured in its place: it is of another machine."""
+    file = tmp_path / "machine.json"
+    file.write_text(text)
+    status, out, err = run(capsys, "--shape", "tiny", "--hardware", file)
+    assert (status, out) == (1, "")
+    assert f"penstock: ProfileError: {file}: " in err
 
 
 def test_a_machine_that_was_not_measured_says_what_to_do(capsys, tmp_path, monkeypatch):

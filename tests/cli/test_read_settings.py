@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from made_profile import CELL, make_disk, make_profile
 
+from penstock.cli import profile as profile_command
 from penstock.cli.main import main
-from penstock.offload.hardware import profile_path
+from penstock.offload.hardware import HardwareProfile, profile_path
 
 MIB = 1 << 20
 
@@ -52,12 +53,30 @@ def test_options_come_first(capsys, tiny_llama, profiled, a_prompt):
     assert (found["name"], found["block_bytes"], found["in_flight_bytes"]) == ("threads", MIB // 2, 8 * MIB)
 
 
-def test_a_damaged_profile_is_said_and_not_used(capsys, caplog, tiny_llama, profiled, a_prompt):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "the profile is damaged"), ('{"schema": "penstock-profile/1"}', "another version")]
+)
+def test_a_profile_of_no_use_is_said_and_the_machine_measured_again(
+    capsys, tiny_llama, profiled, a_prompt, monkeypatch, tmp_path, text, message
+):
+    """Once: the next command finds what was measured."""
+    monkeypatch.setattr(profile_command, "QUICK", 5.0)
+    monkeypatch.chdir(tmp_path)
+    profiled.write_text(text)
+    found, err = reader(capsys, tiny_llama)
+    assert found["block_bytes"] >= MIB // 4
+    assert f"{profiled}: {message}" in err
+    assert "in at most 5 s" in err
+    assert [disk.target.path for disk in HardwareProfile.load(profiled).disks] == ["."]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"] == ["penstock"]
+
+
+def test_where_a_machine_cannot_be_measured_it_is_said(capsys, caplog, tiny_llama, profiled, a_prompt, monkeypatch):
     profiled.write_text("{")
+    monkeypatch.chdir("/proc")
     found, _ = reader(capsys, tiny_llama)
     assert (found["block_bytes"], found["in_flight_bytes"]) == (None, 96 * MIB)
-    assert "the profile of this machine is not used" in caplog.text
-    assert str(profiled) in caplog.text
+    assert "this machine could not be measured" in caplog.text
 
 
 def test_values_out_of_range(capsys, tiny_llama, profiled, a_prompt):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from dataclasses import replace
 
 import pytest
 from made_profile import make_disk, make_profile
@@ -34,7 +36,8 @@ def test_few_requests_get_layers_and_many_get_room(tiny_llama, hardware):
             counts.append(on_device(llm))
             llm.generate([[5, 6, 7]])
             assert llm.last_run.forecast.generated_tokens == 8 * len(expects)
-            assert "forecast" in llm.last_run.explain()
+            ended = llm.last_run.explain().splitlines()[-1]
+            assert re.match(r"reached +all [\d.]+ s of [\d.]+ s forecast; computing [\d.]+ s of", ended)
     assert counts[0] > counts[1]
 
 
@@ -56,6 +59,25 @@ def test_host_ram_takes_the_keys_of_those_that_the_device_has_no_room_for(
         assert (llm._homes.statistics().attention_seconds > 0) == is_used
         assert ("in host RAM" in llm.outlook().split(" for keys and values")[1]) == is_used
         assert report.peak_sequences == report.forecast.peak_sequences
+
+
+@pytest.mark.parametrize("beside", [0.0, 3.0], ids=["the device attends", "the processor attends beside it"])
+def test_every_resource_is_set_against_its_forecast(tiny_llama, hardware, beside):
+    """What was forecast of passes that did not come, or of fewer, is scaled; what was not timed is said to be so."""
+    tiers = MemoryTiers(device="580KiB", host="8MiB", kv_host=0)
+    with LLM(tiny_llama, device="cpu", tiers=tiers, hardware=hardware, expects=[Length(3, 4)]) as llm:
+        llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
+        report = llm.last_run
+    busy = {"computing": 8.0, "host_to_device": 4.0, "issuing": 1.0} | ({"host_attention": 6.0} if beside else {})
+    forecast = replace(report.forecast, seconds=10.0, passes=2 * report.num_passes, busy_seconds=busy)
+    traffic = replace(
+        report.traffic, layers_seconds=9.0, disk_stall_seconds=0.0, host_stall_seconds=2.0, transfer_seconds=1.5,
+        attention_seconds=beside and 4.0, attention_stall_seconds=beside,
+    )  # fmt: skip
+    found = {one.name: (one.forecast_seconds, one.seconds)
+             for one in replace(report, forecast=forecast, traffic=traffic, seconds=6.0).reckoning()}  # fmt: skip
+    wanted = {"all": (5.0, 6.0), "computing": (4.0, 7.0 - beside), "host_to_device": (2.0, 1.5), "issuing": (0.5, None)}
+    assert found == wanted | ({"host_attention": (3.0, 4.0)} if beside else {})
 
 
 @pytest.mark.parametrize("expects", [[], [Length(100_000, 1)]], ids=["nothing", "what never fits"])

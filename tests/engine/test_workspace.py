@@ -54,3 +54,26 @@ def test_so_does_attention_over_keys_in_host_ram(tmp_path, monkeypatch, kernel_d
             llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
         assert llm.last_run.peak_hosted == 2
         assert watch.peak <= llm.plan.workspace_nbytes + logits
+
+
+def test_what_waits_takes_no_memory_of_the_device():
+    """To the byte, with 100 and with 10,000 requests queued; weights, keys and all else together keep the budget."""
+
+    class EnoughError(Exception):
+        pass
+
+    def enough(state):
+        if state.generated_tokens >= 60:
+            raise EnoughError
+
+    params, peaks = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), []
+    for count in (100, 10_000):
+        tiers = MemoryTiers(device="6MiB", host=0)
+        with LLM(tiers=tiers, device="cpu", compile=False) as llm:
+            storages = [one.untyped_storage() for one in (*llm.model.module.parameters(), *llm.model.module.buffers())]
+            weights = sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+            with _Watch() as watch, pytest.raises(EnoughError):
+                llm.generate([[1 + number % 50] * 16 for number in range(count)], params, on_pass=enough)
+            assert llm._kv.statistics().num_blocks
+            peaks.append(weights + watch.peak)
+    assert peaks[0] == peaks[1] <= tiers.device
