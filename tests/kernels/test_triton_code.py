@@ -137,6 +137,26 @@ def test_a_pass_compiles_nothing_that_another_has_not(compiled, code: str | None
     assert compiled(attend(**options, max_length=20_000, offset=3, count=1)) == several
 
 
+@pytest.mark.parametrize("size", [128, 72])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_rows_of_any_number_are_quantised_by_the_same_code(compiled, size: int, dtype: torch.dtype) -> None:
+    """Wherever slots and scales lie, whatever the strides are; rows are read in words of 16 bytes."""
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    found = []
+    for tokens, offset in ((16, 0), (1, 1), (17, 1), (33, 0)):
+        rows = torch.zeros(2, tokens, size, dtype=torch.bfloat16).transpose(0, 1)
+        if offset:
+            rows = torch.zeros(tokens, 3, 2, size, dtype=torch.bfloat16)[:, 1]
+        slots = torch.zeros(tokens + offset, dtype=torch.int64)[offset:]
+        scales = torch.zeros(offset + 64 * 2)[offset:].view(4, 16, 2)
+        into = (torch.zeros(4, 16, 2, size, dtype=dtype), scales)
+        found += compiled(
+            lambda rows=rows, slots=slots, into=into: kernels.quantise(rows, dtype, slots=slots, into=into)
+        ).values()
+    assert len(set(map(id, found))) == 1
+    assert size == 72 or "ld.global.v4.b32" in found[0].asm["ptx"]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_integers(compiled, bits: int, symmetric: bool) -> None:
