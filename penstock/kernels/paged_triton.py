@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from penstock.kernels.attention import Rule
+from penstock.kernels.paged_codes_triton import attend_codes, takes_codes
+from penstock.kernels.paged_parts_triton import first_key, part_size
 
 __all__ = ["attend_paged"]
 
@@ -85,26 +87,64 @@ def _launch(
     out: Tensor,
 ) -> None:
     """Attend some sequences in at most `num_parts` parts each."""
-    num_sequences, num_heads, size = query.shape
-    num_keys, value_size = keys.shape[2], out.shape[-1]
+    num_sequences, num_heads, _ = query.shape
+    value_size = out.shape[-1]
     assert query.stride(2) == out.stride(2) == block_table.stride(1) == 1
-    quantised = key_scales is not None
     assert all(scales is None or scales.is_contiguous() for scales in (key_scales, value_scales))
     several = num_parts > 1
     parts = query.new_empty((num_sequences, num_heads, num_parts, value_size), dtype=torch.float32) if several else out
     weights = query.new_empty((num_sequences, num_heads, num_parts), dtype=torch.float32) if several else out
+    places: dict[str, Any] = {"rule": rule, "num_parts": num_parts, "out": out, "parts": parts, "weights": weights}
+    if key_scales is not None and value_scales is not None and takes_codes(keys, values, num_heads // keys.shape[2]):
+        places |= {"part_tokens": PART_TOKENS, "max_parts": MAX_PARTS}
+        attend_codes(query, keys, values, key_scales, value_scales, block_table, lengths, **places)
+    else:
+        _launch_parts(query, keys, values, block_table, lengths, key_scales, value_scales, **places)
+    if several:
+        _join_parts[num_heads, num_sequences](
+            lengths,
+            out,
+            parts,
+            weights,
+            out.stride(0),
+            out.stride(1),
+            num_parts,
+            rule.window or 0,
+            rule.chunk or 0,
+            NUM_HEADS=num_heads,
+            num_warps=4,
+            VALUE_SIZE=value_size,
+            VALUE_PAD=triton.next_power_of_2(value_size),
+            PART_TOKENS=PART_TOKENS,
+            MAX_PARTS=MAX_PARTS,
+        )
+
+
+def _launch_parts(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    *,
+    rule: Rule,
+    num_parts: int,
+    out: Tensor,
+    parts: Tensor,
+    weights: Tensor,
+) -> None:
+    """Attend some sequences in at most `num_parts` parts each: into `out`, or several into `parts` and `weights`."""
+    num_sequences, num_heads, size = query.shape
+    num_keys, value_size = keys.shape[2], out.shape[-1]
+    quantised = key_scales is not None
     group = num_heads // num_keys
     latent = keys.data_ptr() == values.data_ptr()
     whole = value_size if latent else size
     heads = min(max(triton.next_power_of_2(group), 16), 32 if latent else 64)  # what fits every card's shared memory
     tiles = triton.cdiv(group, heads)
     padded = triton.next_power_of_2(max(whole, value_size))
-    shared: dict[str, Any] = {
-        "PART_TOKENS": PART_TOKENS,
-        "MAX_PARTS": MAX_PARTS,
-        "VALUE_SIZE": value_size,
-        "VALUE_PAD": triton.next_power_of_2(value_size),
-    }
     _attend_part[num_parts, num_keys * tiles, num_sequences](
         query,
         keys,
@@ -133,7 +173,7 @@ def _launch(
         KEY_GROUP=_group_size(keys, key_scales),
         VALUE_GROUPS=_groups(value_scales),
         VALUE_GROUP=_group_size(values, value_scales),
-        SEVERAL=several,
+        SEVERAL=num_parts > 1,
         BLOCK_TOKENS=keys.shape[1],
         NUM_KEYS=num_keys,
         GROUP=group,
@@ -147,23 +187,11 @@ def _launch(
         TILE=64 if padded <= 128 else 16 if latent and _groups(key_scales) else 32,  # steps need shared memory too
         num_warps=4 if heads * padded <= 4096 else 8,
         num_stages=3 if padded <= 128 else 2,
-        **shared,
+        VALUE_SIZE=value_size,
+        VALUE_PAD=triton.next_power_of_2(value_size),
+        PART_TOKENS=PART_TOKENS,
+        MAX_PARTS=MAX_PARTS,
     )
-    if several:
-        _join_parts[num_heads, num_sequences](
-            lengths,
-            out,
-            parts,
-            weights,
-            out.stride(0),
-            out.stride(1),
-            num_parts,
-            rule.window or 0,
-            rule.chunk or 0,
-            NUM_HEADS=num_heads,
-            num_warps=4,
-            **shared,
-        )
 
 
 def _groups(scales: Tensor | None) -> int:
@@ -173,17 +201,6 @@ def _groups(scales: Tensor | None) -> int:
 
 def _group_size(codes: Tensor, scales: Tensor | None) -> int:
     return 2 * codes.shape[-1] // _groups(scales) if _groups(scales) else 0
-
-
-@triton.jit
-def _first_key(length, window, chunk):
-    """Return the first key that the last token sees."""
-    first = length * 0
-    if window > 0:
-        first = tl.maximum(length - window, 0)
-    if chunk > 0:
-        first = tl.maximum(first, (length - 1) // chunk * chunk)
-    return first
 
 
 @triton.jit
@@ -211,13 +228,6 @@ def _scaled(numbers, places, there, SCALED: tl.constexpr):
     return numbers
 
 
-@triton.jit
-def _part_size(num_seen, PART_TOKENS: tl.constexpr, MAX_PARTS: tl.constexpr):
-    """Return how many keys a part of so many has."""
-    even = tl.cdiv(tl.cdiv(num_seen, MAX_PARTS), 64) * 64
-    return tl.maximum(even, PART_TOKENS)
-
-
 @triton.jit(do_not_specialize=["table_stride", "window", "chunk"], do_not_specialize_on_alignment=["table", "lengths"])
 def _attend_part(
     query, keys, values, key_scales, value_scales, table, lengths, sinks, out, parts, weights,
@@ -234,8 +244,8 @@ def _attend_part(
     """Attend one part of one sequence, for the query heads of one key head, or a tile of them."""
     part, head, sequence = tl.program_id(0), tl.program_id(1) // TILES, tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + sequence)
-    first = _first_key(length, window, chunk)
-    size = _part_size(length - first, PART_TOKENS, MAX_PARTS)
+    first = first_key(length, window, chunk)
+    size = part_size(length - first, PART_TOKENS, MAX_PARTS)
     begin = first + part * size
     end = tl.minimum(begin + size, length)
     if begin >= length:
@@ -311,8 +321,8 @@ def _join_parts(
     """Join the parts of one query head of one sequence by the sums of their weights (as logarithms to base 2)."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + sequence)
-    seen = length - _first_key(length, window, chunk)
-    count = tl.cdiv(seen, _part_size(seen, PART_TOKENS, MAX_PARTS))
+    seen = length - first_key(length, window, chunk)
+    count = tl.cdiv(seen, part_size(seen, PART_TOKENS, MAX_PARTS))
     rows, places = tl.arange(0, MAX_PARTS), tl.arange(0, VALUE_PAD)
     real = rows < count
     number = (sequence * NUM_HEADS + head) * num_parts + rows

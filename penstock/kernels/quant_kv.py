@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from penstock.kernels.gpu import triton_kernels
 from penstock.kernels.sizes import int4_group_size
 
-__all__ = ["QUANTISE", "dequantise"]
+__all__ = ["QUANTISE", "dequantise", "quantise"]
 
 FP8 = torch.float8_e4m3fn
 _LARGEST_FP8 = 448.0
@@ -33,7 +34,8 @@ _LARGEST_INT4 = 15.0
 def _scales(wide: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """Return float32 scales [...] of float32 rows, NaN for rows that are not finite, and what to divide rows by."""
     top = wide.abs().amax(-1)
-    scales = (top / largest).masked_fill_(~top.isfinite(), torch.nan)
+    by = torch.full_like(top, largest)  # by a number, CUDA would multiply with its reciprocal, which is rounded
+    scales = (top / by).masked_fill_(~top.isfinite(), torch.nan)
     return scales, _divisors(scales)[..., None]
 
 
@@ -71,6 +73,30 @@ def _quantise_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     return low_half | high_half << 4, scales
 
 
+def quantise(
+    rows: Tensor, kv_dtype: str, *, slots: Tensor | None = None, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of rows [T, H, D].
+
+    With `slots` [T] int64, store them there too, `into` codes and scales whose first dims [num_blocks, block_tokens]
+    are numbered as one. The bits are the same on every device, with a kernel or without.
+    """
+    kernels = triton_kernels("quant_kv_triton", rows.device) if rows.is_cuda and kv_dtype in _BYTES else None
+    if kernels is not None:
+        made: tuple[Tensor, Tensor] = kernels.quantise(rows, _BYTES[kv_dtype], slots=slots, into=into)
+        return made
+    made = QUANTISE[kv_dtype](rows)
+    if slots is not None and into is not None:
+        for kept, part in zip(into, made, strict=True):
+            movable(kept).flatten(0, 1).index_copy_(0, slots, movable(part))
+    return made
+
+
+def movable(part: Tensor) -> Tensor:
+    """Return a view that every indexing operation knows: some of them know no float8."""
+    return part.view(torch.uint8) if part.element_size() == 1 else part
+
+
 def dequantise(codes: Tensor, scales: Tensor, size: int) -> Tensor:
     """Return float32 rows of codes and scales, or their first `size` elements."""
     if codes.dtype != torch.uint8:
@@ -85,4 +111,7 @@ QUANTISE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "int8": _quantise_int8,
     "int4": _quantise_int4,
 }
-"""By the name of the dtype, what makes codes and scales of rows."""
+"""By the name of the dtype, what makes codes and scales of rows: the reference."""
+
+_BYTES = {"fp8": FP8, "int8": torch.int8}
+"""What the kernel makes."""

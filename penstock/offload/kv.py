@@ -384,7 +384,11 @@ class KVStore:
         The rows are copied to where `places` says; what is returned is valid until a sequence is released. Attention
         must read them there, new ones too: how a prompt is cut into spans then changes no row that it sees.
         """
-        return self.put(layer, places, tuple(encode(row, self._kv_dtype) for row in rows))
+        if self._device.type == "cpu":  # where copies of runs are faster, and blocks may be on a disk
+            return self.put(layer, places, tuple(encode(row, self._kv_dtype) for row in rows))
+        kept = self._kept(layer, lambda: [encode(row[:0], self._kv_dtype) for row in rows])
+        new = (each.encode(places.slots, row, self._kv_dtype) for each, row in zip(kept, rows, strict=True))
+        return Rows(kept, places, new=tuple(new))
 
     def put(self, layer: int, places: Places, rows: Sequence[CodedRows]) -> Rows:
         """Store rows as `append` does, which have been encoded before.
@@ -392,10 +396,7 @@ class KVStore:
         Where `places` has runs, rows may come from a GPU into pinned memory: they are under way when this returns.
         Several threads may call it, for different tokens.
         """
-        with self._opening:
-            kept = self._layers.get(layer)
-            if kept is None or kept[0].codes.shape[0] < self._allocator.num_blocks:
-                kept = self._layers[layer] = self._open(kept, rows)
+        kept = self._kept(layer, lambda: rows)
         runs = places.runs if self._device.type == "cpu" else ()  # a GPU has room for all of one call
         for each, new in zip(kept, rows, strict=True):
             if runs:
@@ -415,6 +416,14 @@ class KVStore:
         """
         every = slice(sequences.start, sequences.stop)
         yield Visit(every, self.read(layer, places), every)
+
+    def _kept(self, layer: int, rows: Callable[[], Sequence[CodedRows]]) -> tuple[KeptRows, ...]:
+        """Return what keeps a layer's rows, all of which are like these."""
+        with self._opening:
+            kept = self._layers.get(layer)
+            if kept is None or kept[0].codes.shape[0] < self._allocator.num_blocks:
+                kept = self._layers[layer] = self._open(kept, rows())
+        return kept
 
     def _open(self, known: tuple[KeptRows, ...] | None, rows: Sequence[CodedRows]) -> tuple[KeptRows, ...]:
         """Give a layer its part of the pool, when it first stores something; without a limit, a larger one."""

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from penstock.kernels.quant_kv import QUANTISE, dequantise
+from penstock.kernels.quant_kv import QUANTISE, dequantise, movable, quantise
 
 __all__ = ["CodedRows", "KeptRows", "encode"]
 
@@ -52,7 +52,7 @@ class CodedRows:
 
     def select(self, tokens: Tensor) -> CodedRows:
         """Return the rows of some tokens [n], by their numbers."""
-        return self.map(lambda part: _movable(part).index_select(0, tokens).view(part.dtype))
+        return self.map(lambda part: movable(part).index_select(0, tokens).view(part.dtype))
 
     def whole(self) -> Tensor:
         """Return the rows [T, H, size] that these codes stand for; themselves, where they rest as they came."""
@@ -88,10 +88,19 @@ class KeptRows(CodedRows):
         converted = prod(self.codes.shape[2:3]) * self.size * (self.dtype.itemsize + _WORK_NBYTES)
         return gathered if self.rests_as_it_came else gathered + converted
 
+    def encode(self, slots: Tensor, row: Tensor, kv_dtype: str) -> CodedRows:
+        """Store new rows [T, H, size] at these tokens [T] of all blocks, and return them as they rest."""
+        if self.scales is None:
+            new = encode(row, kv_dtype)
+            self.write(slots, new)
+            return new
+        codes, scales = quantise(row, kv_dtype, slots=slots, into=(self.codes, self.scales))
+        return CodedRows(codes, scales, self.size, row.dtype)
+
     def write(self, slots: Tensor, new: CodedRows) -> None:
         """Store rows at these tokens [T] of all blocks."""
         for part, rows in zip(self.parts, new.parts, strict=True):
-            _movable(part).flatten(0, 1).index_copy_(0, slots, _movable(rows))
+            movable(part).flatten(0, 1).index_copy_(0, slots, movable(rows))
 
     def write_runs(self, runs: Iterable[tuple[int, int, int]], new: CodedRows) -> None:
         """Store the rows of tokens `begin` .. `end` - 1 in neighbouring slots from `slot` on, for each of `runs`.
@@ -99,14 +108,14 @@ class KeptRows(CodedRows):
         From a GPU into pinned memory, nobody waits for it.
         """
         for part, rows in zip(self.parts, new.parts, strict=True):
-            into, source = _movable(part).flatten(0, 1), _movable(rows)
+            into, source = movable(part).flatten(0, 1), movable(rows)
             for begin, end, slot in runs:
                 into[slot : slot + end - begin].copy_(source[begin:end], non_blocking=True)
 
     def put(self, blocks: Tensor, tokens: Tensor, new: CodedRows) -> None:
         """Store rows at these tokens [T] of these blocks [T], whatever lies between blocks."""
         for part, rows in zip(self.parts, new.parts, strict=True):
-            _movable(part)[blocks, tokens] = _movable(rows)
+            movable(part)[blocks, tokens] = movable(rows)
 
     def leading(self, count: int) -> KeptRows:
         """Return the first blocks; scales as a copy, because kernels want them without gaps."""
@@ -119,7 +128,7 @@ class KeptRows(CodedRows):
 
     def read_blocks(self, blocks: Tensor, length: int, heads: slice) -> Tensor:
         """Return the first `length` tokens of these blocks [n], [length, H, size]: a copy."""
-        gathered = (_movable(part)[:, :, heads].index_select(0, blocks).view(part.dtype) for part in self.parts)
+        gathered = (movable(part)[:, :, heads].index_select(0, blocks).view(part.dtype) for part in self.parts)
         return self._decode(part.flatten(0, 1)[:length] for part in gathered)
 
     def take(self, other: KeptRows) -> None:
@@ -130,12 +139,7 @@ class KeptRows(CodedRows):
 
 def encode(row: Tensor, kv_dtype: str) -> CodedRows:
     """Return rows [T, H, size] as they will rest."""
-    size, quantise = row.shape[-1], QUANTISE.get(kv_dtype)
-    if quantise is not None:
-        return CodedRows(*quantise(row), size, row.dtype)
+    size = row.shape[-1]
+    if kv_dtype in QUANTISE:
+        return CodedRows(*quantise(row, kv_dtype), size, row.dtype)
     return CodedRows(row.to(torch.bfloat16) if kv_dtype == "bf16" else row, None, size, row.dtype)
-
-
-def _movable(part: Tensor) -> Tensor:
-    """Return a view that every indexing operation knows: some of them know no float8."""
-    return part.view(torch.uint8) if part.element_size() == 1 else part

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.offload.kv import KVStore, Places, Rows, Tokens
-from penstock.offload.kv_rows import CodedRows
+from penstock.offload.kv_rows import CodedRows, encode
 
 __all__ = ["WindowKV"]
 
@@ -98,6 +98,10 @@ class WindowKV(KVStore):
         made = torch.from_numpy(numbers)
         staging = torch.empty(made.shape, dtype=made.dtype, pin_memory=self._device.type == "cuda")
         return staging.copy_(made).to(self._device, non_blocking=True)
+
+    def append(self, layer: int, places: Places, *rows: Tensor) -> Rows:
+        """Store one layer's new rows of a micro-batch, as far as later ones see them, and return what these see."""
+        return self.put(layer, places, tuple(encode(row, self._kv_dtype) for row in rows))
 
     def put(self, layer: int, places: Places, rows: Sequence[CodedRows]) -> Rows:
         """Store one layer's new rows of a micro-batch as far as later ones see them."""

@@ -193,6 +193,43 @@ def test_the_kernel_reads_small_rows(triton_device, name, lengths, heads, sizes,
     torch.testing.assert_close(made, case.wanted(rule), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("code", ["fp8", "int8"])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_scales_of_all_sizes(triton_device: str, group: int, code: str) -> None:
+    """Keys and values may be tiny, huge, or zeros, in one tile; what matters is what is largest in the result."""
+    if code == "fp8" and triton_device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    case = Case([600, 130, 70], (2 * group, 2), (64, 64), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    shape = (*case.values.shape[:3], 1)
+    case.values *= 10 ** torch.randn(shape, generator=generator).clamp(-2, 2).mul(2)
+    case.keys *= 10 ** torch.randn(shape, generator=generator).clamp(-2, 0.5)
+    case.values[:, ::5] = 0.0
+    case.keys[:, 1::5] = 0.0
+    case.query *= torch.tensor([1e-4, 3.0, 1.0])[:, None, None]
+    case.quantise(code, latent=False)
+    case.query = case.query.half()
+    rule = Rule(0.2)
+    made, wanted = case.run(kernel_for(case, rule, triton_device), rule, device=triton_device), case.wanted(rule)
+    bound = 2e-3 * wanted.abs().amax(-1, keepdim=True) + 2**-24  # the least number of float16, as which results rest
+    assert ((made - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_what_is_no_number_stays_none(triton_device: str, group: int) -> None:
+    """A row of keys or values without a scale reaches the results of its sequence and head, and no others."""
+    case = Case([70, 40, 20], (2 * group, 2), (64, 64), dtype=torch.float16)
+    case.keys[int(case.table[0, 1]), 3, 0] = float("inf")
+    case.values[int(case.table[1, 1]), 3, 1] = float("nan")
+    case.quantise("int8", latent=False)
+    made = case.run(kernel_for(case, Rule(0.2), triton_device), Rule(0.2), device=triton_device)
+    bad = made.isnan().all(-1)
+    assert torch.equal(bad, made.isnan().any(-1))
+    assert bad[0].tolist() == [True] * group + [False] * group
+    assert bad[1].tolist() == [False] * group + [True] * group
+    assert not bad[2].any()
+
+
 def test_more_sequences_than_a_grid_takes(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, rule = Case([70, 9, 600, 1, 33], (6, 2), (64, 64), dtype=torch.float16), Rule(0.3)
     kernel = kernel_for(case, rule, triton_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged import attend_paged
-from penstock.kernels.quant_kv import QUANTISE, dequantise
+from penstock.kernels.quant_kv import QUANTISE, dequantise, quantise
 
 SHAPES = [(1, 1, 1), (3, 2, 2), (5, 1, 7), (4, 2, 31), (4, 2, 33), (2, 3, 64), (3, 1, 80), (2, 2, 100), (2, 1, 576)]
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
@@ -76,6 +77,74 @@ def test_zeros_and_no_numbers(name, dtype):
     assert made[1:3].isnan().all(), "what is no number never becomes one"
     assert made[3, 0] == pytest.approx(-3.0)
     assert round_trip(name, rows[:0]).shape == (0, 2)
+
+
+def odd_rows(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Return rows of all magnitudes, whose heads lie apart; some are zeros, no numbers, or nearly too small."""
+    generator = torch.Generator().manual_seed(shape[2])
+    num_tokens, num_heads, size = shape
+    rows = torch.randn(num_heads, num_tokens, size, generator=generator)
+    rows *= 10 ** torch.randn(num_heads, num_tokens, 1, generator=generator).mul(3)
+    rows = rows.to(dtype).transpose(0, 1)
+    for token, value in enumerate((0.0, float("nan"), float("inf"), -float("inf"))):
+        rows[token : token + 1, :, -1:] = value
+    rows[4:5] = -0.0
+    if dtype != torch.bfloat16:  # Triton's interpreter reads others where bfloat16 has no leading one
+        rows[5:6] = rows[5:6].float().mul(1e-43 if dtype == torch.float32 else 1e-7).to(dtype)
+    rows[6:7] = torch.linspace(-127, 127, size).round().sub(0.5)  # halves
+    rows[6:7, :, :1] = 127
+    return rows
+
+
+def bits(part: Tensor) -> Tensor:
+    return part.cpu().contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 16), (1, 1, 1), (3, 1, 7), (8, 2, 33), (9, 5, 64), (21, 3, 80), (40, 4, 128), (9, 1, 576)], ids=str
+)
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_the_kernel_makes_the_same_bits(triton_device, name, shape, dtype) -> None:
+    """Of rows that lie anyhow; and what it stores at slots is what it returns, with nothing beside."""
+    rows = odd_rows(shape, dtype)
+    wanted = QUANTISE[name](rows)
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    there = rows.transpose(0, 1).contiguous().to(triton_device).transpose(0, 1)
+    for part, made in zip(wanted, kernels.quantise(there, wanted[0].dtype), strict=True):
+        assert part.shape == made.shape
+        assert torch.equal(bits(part), bits(made))
+    slots = torch.randperm(16 * 4, generator=torch.Generator().manual_seed(0))[: shape[0]]
+    into = tuple(torch.zeros(4, 16, *part.shape[1:]).to(part.dtype) for part in wanted)
+    found = tuple(part.to(triton_device) for part in into)
+    for part, made in zip(
+        wanted, kernels.quantise(there, wanted[0].dtype, slots=slots.to(triton_device), into=found), strict=True
+    ):
+        assert torch.equal(bits(part), bits(made))
+    quantise(rows, name, slots=slots, into=into)
+    for part, made in zip(into, found, strict=True):
+        assert torch.equal(bits(part), bits(made))
+
+
+def test_every_number_that_a_byte_can_be(triton_device) -> None:
+    """All numbers of e4m3, those halfway between neighbours, and those just beside, come out as torch rounds them."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(halves, torch.full_like(halves, limit)) for limit in (0.0, 1e3)]
+    every = torch.cat([numbers, halves, *beside])
+    rows = torch.cat([every, -every])[:, None, None] * torch.tensor([1.0, 0.0])
+    rows[..., 1] = 448.0  # the scale is one
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    codes, _ = kernels.quantise(rows.to(triton_device), torch.float8_e4m3fn)
+    assert torch.equal(bits(codes), bits(rows.to(torch.float8_e4m3fn)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_the_reference_makes_the_same_bits_on_a_gpu(name) -> None:
+    rows = odd_rows((40, 4, 128), torch.bfloat16)
+    for part, made in zip(QUANTISE[name](rows), QUANTISE[name](rows.cuda()), strict=True):
+        assert torch.equal(bits(part), bits(made))
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])

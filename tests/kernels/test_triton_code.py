@@ -121,13 +121,27 @@ def attend(
 def test_attention_fits_shared_memory(compiled, request, heads, sizes, code) -> None:
     if code == "fp8" and "sm_86" in request.node.callspec.id:
         pytest.skip("`find_paged` leaves float8 to other code on GPUs that cannot convert it")
-    assert set(compiled(attend(heads, sizes, code=code))) == {"_attend_part", "_join_parts"}
+    of_bytes = code in {"fp8", "int8"} and (heads, sizes) in {((64, 8), (128, 128)), ((12, 4), (192, 128))}
+    assert set(compiled(attend(heads, sizes, code=code))) == {
+        "_attend_codes" if of_bytes else "_attend_part",
+        "_join_parts",
+    }
 
 
-@pytest.mark.parametrize("code", [None, "int8", "int4"])
-def test_a_pass_compiles_nothing_that_another_has_not(compiled, code: str | None) -> None:
+@pytest.mark.parametrize("heads", [(56, 56), (64, 8)])
+def test_codes_are_read_in_long_words_and_converted_at_once(compiled, request, heads: tuple[int, int]) -> None:
+    if "sm_86" in request.node.callspec.id:
+        pytest.skip("it cannot convert float8")
+    ptx = compiled(attend(heads, (128, 128), code="fp8"))["_attend_codes"].asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") >= 16, "8 rows of 16 bytes for each thread, of keys and of values"
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") == 128, "the 256 codes of a thread"
+    assert "cvt.f32.f16" not in ptx
+
+
+@pytest.mark.parametrize(("code", "size"), [(None, 72), ("int8", 72), ("int8", 64), ("int4", 72)])
+def test_a_pass_compiles_nothing_that_another_has_not(compiled, code: str | None, size: int) -> None:
     """Where tables lie, how many sequences there are and how long, what a window is: the code is the same."""
-    options: dict[str, Any] = {"heads": (6, 2), "sizes": (72, 72), "code": code}
+    options: dict[str, Any] = {"heads": (6, 2), "sizes": (size, size), "code": code}
     (first,) = compiled(attend(**options, max_length=300, rule=Rule(0.3, window=16))).values()
     for count, offset in ((3, 1), (1, 0), (1, 1), (17, 0)):
         call = attend(**options, max_length=17, offset=offset, count=count, rule=Rule(0.3, window=1))
@@ -135,6 +149,26 @@ def test_a_pass_compiles_nothing_that_another_has_not(compiled, code: str | None
         assert again is first, (count, offset)
     several = compiled(attend(**options, max_length=600))
     assert compiled(attend(**options, max_length=20_000, offset=3, count=1)) == several
+
+
+@pytest.mark.parametrize("size", [128, 72])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_rows_of_any_number_are_quantised_by_the_same_code(compiled, size: int, dtype: torch.dtype) -> None:
+    """Wherever slots and scales lie, whatever the strides are; rows are read in words of 16 bytes."""
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    found = []
+    for tokens, offset in ((16, 0), (1, 1), (17, 1), (33, 0)):
+        rows = torch.zeros(2, tokens, size, dtype=torch.bfloat16).transpose(0, 1)
+        if offset:
+            rows = torch.zeros(tokens, 3, 2, size, dtype=torch.bfloat16)[:, 1]
+        slots = torch.zeros(tokens + offset, dtype=torch.int64)[offset:]
+        scales = torch.zeros(offset + 64 * 2)[offset:].view(4, 16, 2)
+        into = (torch.zeros(4, 16, 2, size, dtype=dtype), scales)
+        found += compiled(
+            lambda rows=rows, slots=slots, into=into: kernels.quantise(rows, dtype, slots=slots, into=into)
+        ).values()
+    assert len(set(map(id, found))) == 1
+    assert size == 72 or "ld.global.v4.b32" in found[0].asm["ptx"]
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -11,6 +11,7 @@ from penstock.kernels.quant_kv import QUANTISE, dequantise
 from penstock.offload.blocks import BLOCK_TOKENS, KVCost
 from penstock.offload.kv import KVStore
 from penstock.offload.kv_dtype import KV_DTYPES, check_kv_dtype
+from penstock.offload.kv_rows import KeptRows, encode
 
 SHAPES = {0: ((2, 64), (2, 64)), 3: ((1, 40),), 4: ((3, 33), (3, 7))}
 """Heads and sizes of what three layers store: keys and values, latents, heads of different odd sizes."""
@@ -51,6 +52,22 @@ def measured(kv_dtype):
 @pytest.mark.parametrize("kv_dtype", TOKEN)
 def test_a_token_costs_what_its_codes_and_scales_take(kv_dtype):
     assert measured(kv_dtype) == KVCost(TOKEN[kv_dtype], 0, BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_rows_are_stored_while_they_are_made(kv_dtype):
+    """As a store on a GPU does it: the same as making them first."""
+    row, slots = rows_of(5)[0][0], torch.tensor([7, 40, 3, 16, 0])
+    made = encode(row, kv_dtype)
+    first, second = (
+        KeptRows.made_of(encode(row[:0], kv_dtype), lambda part: part.new_zeros(3, BLOCK_TOKENS, *part.shape[1:]))
+        for _ in range(2)
+    )
+    first.write(slots, made)
+    returned = second.encode(slots, row, kv_dtype)
+    assert torch.equal(returned.whole(), made.whole())
+    for part, same in zip(first.parts, second.parts, strict=True):
+        assert torch.equal(part.float(), same.float())
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
