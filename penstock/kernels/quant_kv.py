@@ -97,8 +97,16 @@ def movable(part: Tensor) -> Tensor:
     return part.view(torch.uint8) if part.element_size() == 1 else part
 
 
-def dequantise(codes: Tensor, scales: Tensor, size: int) -> Tensor:
-    """Return float32 rows of codes and scales, or their first `size` elements."""
+def dequantise(codes: Tensor, scales: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return rows of codes and scales, or their first `size` elements, rounded once from float32 to `dtype`."""
+    is_plain = codes.dtype in _BYTES.values() and codes.dim() == 3 and size == codes.shape[-1]
+    if codes.is_cuda and is_plain and (kernels := triton_kernels("quant_kv_triton", codes.device)) is not None:
+        whole: Tensor = kernels.dequantise(codes, scales, dtype)
+        return whole
+    return _dequantised(codes, scales, size).to(dtype)
+
+
+def _dequantised(codes: Tensor, scales: Tensor, size: int) -> Tensor:
     if codes.dtype != torch.uint8:
         rows: Tensor = codes[..., :size].float().mul_(scales[..., None])
         return rows

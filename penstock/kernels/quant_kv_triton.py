@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["quantise"]
+__all__ = ["dequantise", "quantise"]
 
 BLOCK = 2048
 """Elements of one program, sixteen for each thread: two loads of 16-bit rows, and one store."""
@@ -106,3 +106,48 @@ def _e4m3(number):
     normal = (size + 0x7FFFF + ((size >> 20) & 1) >> 20) - (120 << 3)
     small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)  # its last digit is e4m3's last
     return (tl.where(size < 0x3C800000, small - 0x46800000, normal) | (bits >> 24 & 0x80)).to(tl.int8)
+
+
+def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Launch the kernel that makes rows of `dtype` [T, H, D] of codes [T, H, D] and scales [T, H]."""
+    codes, scales = codes.contiguous(), scales.contiguous()
+    if codes.data_ptr() % 16:  # else code would depend on where a sequence's rows begin
+        codes = codes.clone()
+    rows = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if rows.numel():
+        padded = triton.next_power_of_2(codes.shape[-1])
+        together = max(BLOCK // padded, 1)
+        with torch.cuda.device_of(rows):
+            _dequantise[triton.cdiv(scales.numel(), together),](
+                codes.view(torch.int8),
+                scales,
+                rows,
+                scales.numel(),
+                SIZE=codes.shape[-1],
+                SIZE_PAD=padded,
+                IS_FLOAT=codes.dtype == torch.float8_e4m3fn,
+                ROWS=together,
+                num_warps=4,
+            )
+    return rows
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["scales"])
+def _dequantise(
+    codes, scales, rows,
+    num_rows,
+    SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, IS_FLOAT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SIZE_PAD)
+    there = row < num_rows
+    inside = there[:, None] & (column < SIZE)[None, :]
+    at = row[:, None] * SIZE + column[None, :]
+    code = tl.load(codes + at, mask=inside, other=0)
+    if IS_FLOAT:  # its bits are those of a float16 number that is 256 times smaller
+        bits = ((code.to(tl.int16) & 0x7F) << 7) | ((code.to(tl.int16) & 0x80) << 8)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        number = code.to(tl.float32)
+    made = number * tl.load(scales + row, mask=there, other=0.0)[:, None]
+    tl.store(rows + at, made.to(rows.dtype.element_ty), mask=inside)

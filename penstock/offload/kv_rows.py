@@ -60,7 +60,7 @@ class CodedRows:
 
     def _decode(self, parts: Iterable[Tensor]) -> Tensor:
         codes, *scales = parts
-        return (dequantise(codes, scales[0], self.size) if scales else codes).to(self.dtype)
+        return dequantise(codes, scales[0], self.size, self.dtype) if scales else codes.to(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from penstock.kernels.attention import Rule
 from penstock.kernels.paged import attend_paged
-from penstock.kernels.quant_kv import QUANTISE, dequantise, quantise
+from penstock.kernels.quant_kv import QUANTISE, _dequantised, dequantise, quantise
 
 SHAPES = [(1, 1, 1), (3, 2, 2), (5, 1, 7), (4, 2, 31), (4, 2, 33), (2, 3, 64), (3, 1, 80), (2, 2, 100), (2, 1, 576)]
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
@@ -177,3 +177,22 @@ def test_every_float8(attend_compiled):
     table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     attend_compiled(torch.zeros(1, 1, 8), keys, values, table, lengths, scale=1.0, value_scales=ones, out=out)
     torch.testing.assert_close(out[0, 0], values[0, 0, 0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_makes_rows_whole_with_the_same_bits(triton_device, name, shape):
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(triton_device) * 3
+    rows[0, 0, 0] = 0
+    codes, scales = QUANTISE[name](rows)
+    dtypes = (
+        (torch.float32, torch.float16) if triton_device == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+    )
+    for dtype in dtypes:
+        assert torch.equal(kernels.dequantise(codes, scales, dtype), _dequantised(codes, scales, shape[-1]).to(dtype))
+    if name == "fp8":
+        every = torch.arange(256, dtype=torch.uint8, device=triton_device).view(torch.float8_e4m3fn)
+        every = every[every.float().isfinite()].view(1, 1, -1)
+        made = kernels.dequantise(every, torch.ones(1, 1, device=triton_device), torch.float32)
+        assert torch.equal(made, every.float())

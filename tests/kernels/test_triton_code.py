@@ -289,3 +289,14 @@ def test_rows_for_products_in_fp8(compiled, request, columns: int) -> None:
     kernels = importlib.import_module("penstock.kernels.fp8_linear_triton")
     for rows in (torch.zeros(5, columns, dtype=torch.bfloat16), torch.zeros(5, 3 * columns)[:, :columns]):
         assert set(compiled(partial(kernels.quantise_rows, rows))) == {"_quantise"}
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_rows_that_are_made_whole(compiled, name: str) -> None:
+    """Codes are loaded, and rows stored, sixteen bytes at a time."""
+    kernels = importlib.import_module("penstock.kernels.quant_kv_triton")
+    codes, scales = QUANTISE[name](torch.ones(6, 56, 128, dtype=torch.bfloat16))
+    for part in (slice(0, 6), slice(1, 3)):
+        (code,) = compiled(partial(kernels.dequantise, codes[part], scales[part], torch.bfloat16)).values()
+        assert "ld.global.v4.b32" in code.asm["ptx"]
+        assert "st.global.v4.b32" in code.asm["ptx"]
