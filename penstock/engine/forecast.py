@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,9 +10,8 @@ from typing import Any
 
 from penstock.engine.batch import Span
 from penstock.engine.flops import ModelFlops
+from penstock.engine.passes import Batches, KnownPasses, Length, Step, passes_of
 from penstock.engine.sampling_params import SamplingParams
-from penstock.engine.scheduler import Scheduler
-from penstock.engine.sequence import Sequence
 from penstock.offload.blocks import KVCost
 from penstock.offload.cost import ISSUING, PACKED_ROWS, Machine, PassCost, pass_cost
 from penstock.offload.plan import Plan
@@ -20,18 +19,8 @@ from penstock.offload.tiers import Tier
 
 __all__ = ["Forecast", "Length", "expected_length", "forecast"]
 
-Batches = Items[Items[Span]]
-
 MAX_PASSES = 2000
 """Passes that are made one by one; what is left then goes on at the pace of the last half of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """Tokens of one request: of its prompt, and to be generated."""
-
-    prompt: int
-    generated: int
 
 
 def expected_length(prompt: Any, params: SamplingParams) -> Length:
@@ -100,107 +89,6 @@ class Forecast:
         }
 
 
-class _Store:
-    """What a store of blocks would have, in numbers: bytes that are free, and what each sequence holds."""
-
-    def __init__(self, nbytes: int, cost: KVCost, *, most_blocks: int | None = None) -> None:
-        self.nbytes = nbytes
-        self._cost = cost
-        self._most_blocks = most_blocks
-        self._free = nbytes
-        self._held: dict[Hashable, int] = {}
-        self._known: dict[int, int] = {}  # the same lengths come again and again
-
-    def _nbytes(self, num_tokens: int) -> int:
-        if num_tokens not in self._known:
-            self._known[num_tokens] = self._cost.of(num_tokens) - self._cost.sequence_nbytes
-        return self._known[num_tokens]
-
-    def fits(self, num_tokens: int) -> bool:
-        return self._nbytes(num_tokens) <= self._free
-
-    def could_hold(self, num_tokens: int) -> bool:
-        enough = self._most_blocks is None or self._cost.blocks_of(num_tokens) <= self._most_blocks
-        return enough and self._nbytes(num_tokens) <= self.nbytes
-
-    def acquire(self, sequence: Hashable, *, num_tokens: int) -> None:
-        self._held[sequence] = nbytes = self._nbytes(num_tokens)
-        self._free -= nbytes
-
-    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
-        more = max(self._nbytes(num_tokens) - self._held[sequence], 0)
-        if more > self._free:
-            return False
-        self._held[sequence] += more
-        self._free -= more
-        return True
-
-    def release(self, sequence: Hashable) -> None:
-        self._free += self._held.pop(sequence)
-
-
-class _Homes:
-    """The room that the homes of keys and values would have, in numbers; `KVHomes` is the real one.
-
-    Host RAM and NVMe have whole blocks, in which layers with windows keep all tokens. What sequences have besides is on
-    the device, wherever they are at home.
-    """
-
-    def __init__(self, plan: Plan, cost: KVCost, lengths: list[int]) -> None:
-        self._cost = cost
-        self._limit = plan.kv_nbytes
-        landing = plan.kv_landing_nbytes // max(cost.stride_nbytes, 1)  # blocks of a sequence that can be read at once
-        beside = (
-            (Tier.HOST, cost.in_host, plan.kv_host_nbytes, None),
-            (Tier.NVME, cost.on_disk, plan.kv_nvme_nbytes, landing),
-        )
-        elsewhere = {
-            tier: _Store(nbytes // max(each.block_nbytes, 1) * each.block_nbytes, each, most_blocks=most)
-            for tier, each, nbytes, most in beside
-        }
-        num_blocks = sum(nbytes // max(each.block_nbytes, 1) for _, each, nbytes, _ in beside)
-        mean = sum(map(cost.in_host.blocks_of, lengths)) / len(lengths)
-        self._besides = cost.besides(plan.kv_nbytes, lengths, num_elsewhere=int(num_blocks / max(mean, 1)))
-        if not cost.windows and cost.block_nbytes:  # what no whole block fits in serves sequences too
-            self._besides += (plan.kv_nbytes - self._besides) % cost.block_nbytes
-        self._stores = {Tier.DEVICE: _Store(plan.kv_nbytes - self._besides, cost), **elsewhere}
-        self._homes: dict[Hashable, Tier] = {}
-
-    def prepare(self, lengths: Items[int], *, least: Items[int]) -> None:
-        pass
-
-    def _find(self, num_tokens: int, most: int) -> Tier | None:
-        if (len(self._homes) + 1) * self._cost.sequence_nbytes > self._besides:
-            return None
-        for tier, store in self._stores.items():
-            could = self._cost.of(most) <= self._limit if tier is Tier.DEVICE else store.could_hold(most)
-            if could and store.fits(num_tokens):
-                return tier
-        return None
-
-    def fits(self, num_tokens: int, *, most: int) -> bool:
-        return self._find(num_tokens, most) is not None
-
-    def check(self, num_tokens: int, what: str) -> None:
-        if not any(self._stores[tier].could_hold(num_tokens) for tier in (Tier.HOST, Tier.NVME)):
-            self._cost.check(self._limit, num_tokens, what)
-
-    def acquire(self, sequence: Hashable, *, num_tokens: int, most: int) -> None:
-        home = self._find(num_tokens, most)
-        assert home is not None, "sequences start only when they fit"
-        self._stores[home].acquire(sequence, num_tokens=num_tokens)
-        self._homes[sequence] = home
-
-    def extend(self, sequence: Hashable, *, num_tokens: int) -> bool:
-        return self._stores[self._homes[sequence]].extend(sequence, num_tokens=num_tokens)
-
-    def home_of(self, sequence: Hashable) -> Tier:
-        return self._homes[sequence]
-
-    def release(self, sequence: Hashable) -> None:
-        self._stores[self._homes.pop(sequence)].release(sequence)
-
-
 def forecast(
     plan: Plan,
     machine: Machine,
@@ -210,28 +98,18 @@ def forecast(
     cost: KVCost,
     splits_prompts: bool = True,
     max_passes: int = MAX_PASSES,
+    known: KnownPasses | None = None,
 ) -> Forecast:
     """Return what a run over requests of these lengths, in this order, will take.
 
-    Raises ProfileError for a rate that is not known, BudgetError for a request that can never run.
+    Passes that are `known` are not made again. Raises ProfileError for a rate that is not known, BudgetError for a
+    request that can never run.
     """
-    every = list(lengths)
-    room = _Homes(plan, cost, [length.prompt + length.generated for length in every])
-    scheduler = Scheduler(
-        room,
-        micro_batch_tokens=plan.micro_batch_tokens,
-        pass_tokens=plan.pass_tokens,
-        splits_prompts=splits_prompts,
-        split_tokens=None if machine.on_cpu else plan.split_tokens(cost.token_nbytes),
-    )
-    scheduler.feed(_sequences(every))
-    return _Tally(every, room, _Costs(plan, machine, model, cost)).run(scheduler, max_passes)
-
-
-def _sequences(lengths: list[Length]) -> Iterator[Sequence]:
-    params = SamplingParams(ignore_eos=True)  # their lengths are known
-    for number, length in enumerate(lengths):
-        yield Sequence(number, None, (0,) * length.prompt, params, length.prompt + length.generated)
+    every = tuple(lengths)
+    split_tokens = None if machine.on_cpu else plan.split_tokens(cost.token_nbytes)
+    passes = passes_of if known is None else known.of
+    options: dict[str, Any] = {"splits_prompts": splits_prompts, "split_tokens": split_tokens, "max_passes": max_passes}
+    return _Tally(every, _Costs(plan, machine, model, cost)).run(passes(plan, every, cost=cost, **options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,10 +195,9 @@ class _Costs:
 class _Tally:
     """Adds up passes."""
 
-    def __init__(self, lengths: list[Length], room: _Homes, costs: _Costs) -> None:
+    def __init__(self, lengths: Items[Length], costs: _Costs) -> None:
         self._total = sum(length.generated for length in lengths)
         self._num_requests = len(lengths)
-        self._room = room
         self._costs = costs
         self._seconds = [0.0]
         self._generated = [0]
@@ -331,51 +208,25 @@ class _Tally:
         self._ended_seconds = 0.0
         self._recordings: set[tuple[int, int]] = set()
 
-    def run(self, scheduler: Scheduler, max_passes: int) -> Forecast:
-        while len(self._seconds) <= max_passes:
-            schedule = scheduler.schedule()
-            if not schedule.micro_batches:
-                break
-            self._peak = max(self._peak, len(scheduler.running))
-            ready = scheduler.computed(schedule)
-            homes = self._by_home(schedule.micro_batches)
-            cost = self._cost_of(homes, rows=len(ready))
-            self._add(cost, generated=len(ready))
-            self._record(homes)
-            self._append(scheduler, ready, 1)
-            if len(ready) == len(scheduler.running) == schedule.num_tokens:
-                self._skip(scheduler, schedule.micro_batches, cost)
+    def run(self, steps: Iterable[Step]) -> Forecast:
+        for step in steps:
+            self._peak = max(self._peak, step.running)
+            cost = self._cost_of(step.homes, rows=step.rows)
+            self._add(cost, generated=step.rows)
+            self._record(step.homes)
+            self._end(step.ended)
+            if step.last is not None:
+                last = self._cost_of(step.last, rows=step.rows)
+                self._add_alike(cost, last, step.count, generated=step.rows)
+                self._end(step.ended_later)
         return self._forecast()
 
-    def _append(self, scheduler: Scheduler, sequences: Iterable[Sequence], count: int) -> None:
-        for sequence in sequences:
-            sequence.output_ids += [0] * count
-            num_tokens = sequence.num_tokens
-            sequence.num_computed = num_tokens - 1
-            if num_tokens == sequence.capacity:
-                scheduler.finish(sequence)
-                self._ended += 1
-                self._ended_seconds += self._seconds[-1]
-
-    def _skip(self, scheduler: Scheduler, batches: Batches, cost: PassCost) -> None:
-        """Until the next sequence finishes, passes differ from this one in the length of what they attend to only."""
-        count = min(sequence.capacity - sequence.num_tokens for sequence in scheduler.running) - 1
-        if count > 0:
-            later = [[Span(span.sequence, span.start + count, 1) for span in batch] for batch in batches]
-            rows = len(scheduler.running)
-            last = self._cost_of(self._by_home(later), rows=rows)
-            for number in range(1, count + 1):
-                self._add(cost.towards(last, number / count), generated=rows)
-            self._append(scheduler, scheduler.running, count)
+    def _end(self, count: int) -> None:
+        self._ended += count
+        self._ended_seconds += count * self._seconds[-1]
 
     def _cost_of(self, homes: Mapping[Tier, Batches], *, rows: int) -> PassCost:
         return self._costs.of(homes[Tier.DEVICE], homes[Tier.HOST], homes[Tier.NVME], rows=rows)
-
-    def _by_home(self, batches: Batches) -> dict[Tier, list[Items[Span]]]:
-        homes: dict[Tier, list[Items[Span]]] = {tier: [] for tier in Tier}
-        for batch in batches:
-            homes[self._room.home_of(batch[0].sequence)].append(batch)
-        return homes
 
     def _record(self, homes: Mapping[Tier, Batches]) -> None:
         """Add what it takes to make a recording, if the pass is the first that one is made for."""
@@ -390,9 +241,24 @@ class _Tally:
     def _add(self, cost: PassCost, *, generated: int) -> None:
         self._seconds.append(self._seconds[-1] + cost.seconds)
         self._generated.append(self._generated[-1] + generated)
+        self._sum_up(cost, 1)
+
+    def _add_alike(self, first: PassCost, last: PassCost, count: int, *, generated: int) -> None:
+        """Add passes whose cost goes evenly from the first's, which is not one of them, to the last's."""
+        if first.bottleneck != last.bottleneck or not first.overlaps:
+            for number in range(1, count + 1):
+                self._add(first.towards(last, number / count), generated=generated)
+            return
+        step = (last.seconds - first.seconds) / count  # what sets the pace at both ends does so between them
+        for number in range(1, count + 1):
+            self._seconds.append(self._seconds[-1] + first.seconds + number * step)
+            self._generated.append(self._generated[-1] + generated)
+        self._sum_up(first.towards(last, (count + 1) / (2 * count)), count)
+
+    def _sum_up(self, cost: PassCost, count: int) -> None:
         for name, seconds in cost.busy.items():
-            self._busy[name] = self._busy.get(name, 0.0) + seconds
-        self._waits[cost.bottleneck] = self._waits.get(cost.bottleneck, 0.0) + cost.seconds
+            self._busy[name] = self._busy.get(name, 0.0) + count * seconds
+        self._waits[cost.bottleneck] = self._waits.get(cost.bottleneck, 0.0) + count * cost.seconds
 
     def _forecast(self) -> Forecast:
         """Return the sums; what was left out goes on at the pace of the last half."""

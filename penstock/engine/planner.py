@@ -14,6 +14,7 @@ from typing import Literal
 
 from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Forecast, Length, forecast
+from penstock.engine.passes import KnownPasses
 from penstock.errors import BudgetError
 from penstock.offload.cost import Machine, pass_cost
 from penstock.offload.plan import ModelShape, PassLimits, Plan, make_plan
@@ -71,6 +72,7 @@ def choose_plan(
     objective: Objective = "throughput",
     max_rounds: int | None = None,
     usual_slots: int | None = None,
+    known: KnownPasses | None = None,
 ) -> Choice:
     """Return the best plan that was found for requests of these lengths, starting from the usual one within `limits`.
 
@@ -78,8 +80,9 @@ def choose_plan(
     named in `fixed` stay. A model that fits the device is not streamed, unless `device_layers` is fixed. The search
     goes on from the best plan of a round as long as that is a better one, `max_rounds` times at most. Fewer slots than
     the usual ones, those of `limits` unless said, must make it a percent better, and so must keys and values in host
-    RAM, which are weighed where `tiers` leave them open and the rate of reading there is known. Raises BudgetError when
-    nothing fits, ProfileError when a rate that it depends on is not known.
+    RAM, which are weighed where `tiers` leave them open and the rate of reading there is known. Passes that are `known`
+    are not made again, and others are added. Raises BudgetError when nothing fits, ProfileError when a rate that it
+    depends on is not known.
     """
     sample = lengths[:: -(-len(lengths) // MAX_REQUESTS)]
     search = _Search(
@@ -91,6 +94,7 @@ def choose_plan(
         splits_prompts=splits_prompts,
         objective=objective,
         usual_slots=usual_slots or limits.num_slots,
+        known=known or KnownPasses(),
     )
     free = {"device_layers", "pass_tokens", "micro_batch_tokens"} - set(fixed)
     if tiers.kv_host is None and machine.host_read is not None and shape.kv_token_nbytes:
@@ -122,12 +126,14 @@ class _Search:
         splits_prompts: bool,
         objective: Objective,
         usual_slots: int,
+        known: KnownPasses,
     ) -> None:
         self._shape = shape
         self._tiers = tiers
         self._machine = machine
         self._model = model
-        self._lengths = lengths
+        self._lengths = tuple(lengths)
+        self._passes = known
         self._splits_prompts = splits_prompts
         self._objective = objective
         self.usual_slots = usual_slots
@@ -137,6 +143,7 @@ class _Search:
         self._least_tokens = min(length.prompt + length.generated for length in lengths)
         self._generated = sum(length.generated for length in lengths)
         self._known: dict[PassLimits, Choice | BudgetError] = {}
+        self._forecasts: dict[Plan, Forecast] = {}
 
     @property
     def num_compared(self) -> int:
@@ -156,15 +163,19 @@ class _Search:
         return self._known[limits]
 
     def _forecast(self, plan: Plan) -> Forecast:
-        return forecast(
-            plan,
-            self._machine,
-            self._model,
-            self._lengths,
-            cost=self._cost,
-            splits_prompts=self._splits_prompts,
-            max_passes=MAX_PASSES,
-        )
+        """Return a plan's forecast, which is made once: other limits often come to the same plan."""
+        if plan not in self._forecasts:
+            self._forecasts[plan] = forecast(
+                plan,
+                self._machine,
+                self._model,
+                self._lengths,
+                cost=self._cost,
+                splits_prompts=self._splits_prompts,
+                max_passes=MAX_PASSES,
+                known=self._passes,
+            )
+        return self._forecasts[plan]
 
     def _least_seconds(self, plan: Plan) -> float:
         """Return what the links take at least, when as many sequences as ever fit get a token in every pass."""

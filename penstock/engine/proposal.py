@@ -6,11 +6,12 @@ Everything is decided by `choose_plan`, as for a run; only the numbers come from
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from penstock.engine.anatomy import Anatomy
 from penstock.engine.forecast import Length
+from penstock.engine.passes import KnownPasses
 from penstock.engine.planner import LIMITS, Choice, Objective, choose_plan
 from penstock.errors import BudgetError
 from penstock.offload.codec import CodecName
@@ -39,6 +40,7 @@ class Question:
     tiers: MemoryTiers
     lengths: Sequence[Length]
     objective: Objective = "throughput"
+    known: KnownPasses = field(default_factory=KnownPasses, compare=False, repr=False)
 
     def answer(self, *, limits: PassLimits | None = None, max_rounds: int | None = None) -> Choice:
         """Choose the plan, starting from `limits`. Raises BudgetError and ProfileError."""
@@ -54,6 +56,7 @@ class Question:
             objective=self.objective,
             max_rounds=max_rounds,
             usual_slots=usual.num_slots,
+            known=self.known,
         )
 
 

@@ -7,20 +7,20 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from penstock.io.dummy_tensor import DummyTensor
 from penstock.io.files import DTYPE_BITS
 from penstock.io.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.io.scratch import Sink, check_directory, nameless_file
 from penstock.io.shard import StoredTensor, header_room, shard_header
 
-__all__ = ["DummyTensor", "dummy_file"]
+__all__ = ["dummy_file"]
 
 _BLOCK = 1 << 22
 _PIECE = 16 << 20
@@ -29,25 +29,6 @@ _RUN = 64
 _SPREAD = 0.25
 """The scale of normal numbers differs from run to run, log-normally, as it does between a trained matrix's rows: their
 exponents then have 2.6 bits of entropy, like trained ones. Without, they have 2.54."""
-
-
-@dataclass(frozen=True, slots=True)
-class DummyTensor:
-    """A tensor to make up; `dtype` is a safetensors dtype name such as "BF16".
-
-    `fill` is a number that all values are, or "bits" for random ones, of which none makes an 8-bit float of 2 or more,
-    or no number.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    fill: float | Literal["bits"] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @contextlib.contextmanager

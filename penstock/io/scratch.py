@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from penstock.errors import NoSpaceError, TargetError
 from penstock.io.facts import MEMORY_FILE_SYSTEMS, mount_of
 from penstock.io.files import SourceFile
@@ -273,6 +271,8 @@ def _open_nameless(directory: Path) -> int:
 
 def _fill(sink: Sink, nbytes: int, stop: Callable[[], bool], on_write: Callable[[int], None] | None) -> None:
     """Write pieces; each is on the disk before the next, so that stopping is quick."""
+    import numpy as np  # noqa: PLC0415 - plans import this file, and have no use for it
+
     random = np.frombuffer(os.urandom(_PIECE), dtype=np.uint64)
     # Mapped memory, since it begins on a page.
     memory = mmap.mmap(-1, _PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

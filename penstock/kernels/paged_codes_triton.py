@@ -20,7 +20,7 @@ from penstock.kernels.paged_parts_triton import first_key, part_size
 
 __all__ = ["attend_codes", "takes_codes"]
 
-TILE = 64
+TILE = 32
 """Tokens at a time. With the other numbers: the fewest instructions of those that were tried."""
 
 WARPS = 2

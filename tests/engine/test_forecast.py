@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_plan import make_plan_of
 
-from penstock.engine import forecast as module
+from penstock.engine import passes
 from penstock.engine.flops import ModelFlops
 from penstock.engine.forecast import Length, forecast
 from penstock.engine.llm import LLM
@@ -164,7 +164,7 @@ def test_passes_that_are_alike_are_not_made_one_by_one(lengths):
     plan = make_plan_of(kv_nbytes=3 * COST.of(60), host_nbytes=10**7, pass_tokens=64)
     skipping = forecast(plan, MACHINE, model(per_pair={None: 10**6}), lengths, cost=COST)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Tally, "_skip", lambda *_: None)
+        patch.setattr(passes, "_alike", lambda _: 0)
         plodding = forecast(plan, MACHINE, model(per_pair={None: 10**6}), lengths, cost=COST)
     assert skipping.passes == plodding.passes
     assert skipping.seconds == pytest.approx(plodding.seconds)
@@ -193,7 +193,7 @@ def test_its_homes_take_what_the_real_ones_take(kernels, lengths, device, host, 
     store = open_kv(limit_nbytes=device, cost=cost, windows=numbers)
     with KVHomes(store, cost=cost, host_nbytes=host, nvme=on_disk, kernel_directory=kernels) as real:
         real.prepare(ends)
-        room = module._Homes(plan, cost, ends)
+        room = passes._Homes(plan, cost, ends)
         for number, length in enumerate(ends):
             refused = [isinstance(refusal(one, length), BudgetError) for one in (room, real)]
             assert refused[0] == refused[1]

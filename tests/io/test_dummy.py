@@ -7,7 +7,8 @@ import pytest
 
 from penstock.errors import NoSpaceError, TargetError
 from penstock.io import scratch
-from penstock.io.dummy import DummyTensor, dummy_file
+from penstock.io.dummy import dummy_file
+from penstock.io.dummy_tensor import DummyTensor
 
 TENSORS = [
     DummyTensor("layer.weight", "BF16", (300, 64)),

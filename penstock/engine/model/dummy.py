@@ -27,7 +27,8 @@ from penstock.engine.quantised.recognise import read_scheme
 from penstock.engine.quantised.scheme import Scheme
 from penstock.errors import ConfigError, ModelError
 from penstock.io.checkpoint import Checkpoint
-from penstock.io.dummy import DummyTensor, dummy_file
+from penstock.io.dummy import dummy_file
+from penstock.io.dummy_tensor import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.io.interrupts import held_back
 from penstock.offload.buffers import dtype_name

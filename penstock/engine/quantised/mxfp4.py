@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from penstock.engine.quantised.scheme import Found, Roles, Scheme, Settings
-from penstock.io.dummy import DummyTensor
+from penstock.io.dummy_tensor import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.kernels.forms import Form
 from penstock.offload.scaled import ScaledCoding

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from penstock.errors import CheckpointError, MissingWeightError, UnsupportedFormatError
-from penstock.io.dummy import DummyTensor
+from penstock.io.dummy_tensor import DummyTensor
 from penstock.io.files import TensorEntry
 from penstock.offload.scaled import ScaledCoding
 
