@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from os import PathLike
 from typing import Any
 
@@ -43,16 +44,14 @@ def kv_perplexities(
     dtype: str = "auto",
     device: str = "auto",
 ) -> list[KVPerplexity]:
-    """Return the perplexity of a text file with "auto", each of `kv_dtypes` and each of `activation_dtypes` by itself.
+    """Return the perplexity of a text file with "auto" or one of `kv_dtypes`, and the same of `activation_dtypes`.
 
     The text is cut into windows, each predicted from an empty context, of `WINDOW` tokens or the model's context. The
     model is loaded once for each dtype and streamed, so it may be larger than memory. Raises PromptFileError for a
     text that cannot be used, and whatever `LLM` does.
     """
     found: list[KVPerplexity] = []
-    plain = ("auto", "auto")
-    kinds = (plain, *((name, "auto") for name in kv_dtypes), *(("auto", name) for name in activation_dtypes))
-    for kept, multiplied in dict.fromkeys(kinds):
+    for multiplied, kept in dict.fromkeys(product(("auto", *activation_dtypes), ("auto", *kv_dtypes))):
         with LLM(model, dtype=dtype, device=device, kv_dtype=kept, activation_dtype=multiplied) as llm:
             if llm.tokenizer is None:
                 raise RequestError("the model has no tokenizer", file=llm.path)

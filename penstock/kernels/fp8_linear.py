@@ -52,15 +52,20 @@ class Scratch:
 
 
 def check_fp8(device: torch.device) -> None:
-    """Raise DeviceError for a GPU that cannot multiply e4m3; a CPU does so in float32, to see what comes out."""
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else _CAPABILITY
+    """Raise DeviceError where a GPU, or torch on it, cannot multiply e4m3: it is tried. A CPU does it in float32."""
+    if device.type != "cuda":
+        return
+    found, fix = torch.cuda.get_device_capability(device), "Leave the activations' dtype at auto."
     if found < _CAPABILITY:
-        raise DeviceError(
-            "this GPU has no products in FP8",
-            wanted="compute capability 8.9 or newer, such as RTX 4090, L40S, H100",
-            got=".".join(map(str, found)),
-            fix="Leave the activations' dtype at auto.",
-        )
+        wanted = "compute capability 8.9 or newer, such as RTX 4090, L40S, H100"
+        raise DeviceError("this GPU has no products in FP8", wanted=wanted, got=".".join(map(str, found)), fix=fix)
+    scale = torch.ones(16, 1, device=device)
+    codes = torch.zeros(16, 16, dtype=FP8, device=device)
+    try:
+        _product(codes, scale, codes, scale[:, 0])
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise DeviceError(f"torch {torch.__version__} has no products in FP8 here: {said}", fix=fix) from error
 
 
 def suits_fp8(rows: int, columns: int, group_size: int) -> bool:
@@ -81,14 +86,13 @@ def _on_tensor_cores(rows: Tensor, weight: PackedWeight, scratch: Scratch) -> Te
     expanded = scratch.codes[: num_rows * columns].view(num_rows, columns)
     factors = scratch.scale[:num_rows]
     expand_rows(weight, expanded, factors)
-    return torch._scaled_mm(
-        codes,
-        expanded.t(),
-        scale_a=scale,
-        scale_b=factors.view(1, num_rows),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    return _product(codes, scale, expanded, factors)
+
+
+def _product(codes: Tensor, scale: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
+    """Return bfloat16 [T, N] of rows [T, K] and a weight [N, K], both e4m3."""
+    scales = {"scale_a": scale, "scale_b": factors[None]}
+    return torch._scaled_mm(codes, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _in_float32(rows: Tensor, weight: PackedWeight) -> Tensor:

@@ -32,9 +32,6 @@ MAX_ROWS = 64
 PROGRAMS = 2
 """For each multiprocessor: their loads are what keeps memory busy. Smaller programs are four times as many."""
 
-IN_PAIRS = True
-"""Make two bfloat16 numbers of codes of four bits at a time."""
-
 ADD_BLOCK = 1024
 
 
@@ -70,7 +67,6 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
             BITS=weight.bits,
             GROUP=weight.group_size // per_word,
             IS_SIGNED=weight.codes.dtype == torch.int8,
-            IN_PAIRS=IN_PAIRS and weight.bits == 4 and x.dtype == torch.bfloat16,
             HAS_ZERO=weight.zero is not None,
             HAS_BIAS=bias is not None and not several,
             STEP=step,
@@ -106,8 +102,7 @@ def _num_parts(x: Tensor, programs: int, steps: int, wanted: int) -> int:
 def _multiply(
     x, codes, scale, zero, bias, out,
     rows, out_columns, words, steps,
-    BITS: tl.constexpr, GROUP: tl.constexpr, IS_SIGNED: tl.constexpr, IN_PAIRS: tl.constexpr,
-    HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, IS_SIGNED: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
     STEP: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -128,65 +123,23 @@ def _multiply(
         if IS_SIGNED:
             code = code ^ -0x7F7F7F80  # 0x80 in each byte: 128 more than they are
         group = begin // GROUP + tl.arange(0, GROUPS)
-        times = tl.load(scale_row + group[None, :])
-        less = tl.full((COLUMNS, GROUPS), 8.0 if BITS == 4 else 128.0, tl.float32)
+        times = tl.load(scale_row + group[None, :]).to(tl.float32) * one
+        less = 8.0 if BITS == 4 else 128.0
         if HAS_ZERO:
             less = tl.load(zero_row + group[None, :]).to(tl.float32)
-        those = x + row[None, :] * words + word[:, None]
-        if IN_PAIRS:
-            add = _spread((-(128.0 + less)).to(tl.bfloat16), COLUMNS, GROUPS, STEP)
-            times = _spread(times, COLUMNS, GROUPS, STEP)
-            for place in tl.static_range(4):
-                low, high = _pair(code >> 4 * place, add, times)
-                rest = those + place * rows * words
-                sums = tl.dot(low, tl.load(rest, mask=inside[None, :], other=0.0), sums)
-                rest = those + (place + 4) * rows * words
-                sums = tl.dot(high, tl.load(rest, mask=inside[None, :], other=0.0), sums)
-        else:
-            times = times.to(tl.float32) * one
-            add = _spread(-(one + less) * (times / one), COLUMNS, GROUPS, STEP)
-            times = _spread(times, COLUMNS, GROUPS, STEP)
-            for place in tl.static_range(32 // BITS):
-                # The code becomes the first digits of a number from 1 to 2. What follows is exact until it is rounded.
-                bits = _lift(code, 23 - BITS - place * BITS)
-                number = ((bits & ((one - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
-                value = (number * times + add).to(x.dtype.element_ty)
-                rest = those + place * rows * words
-                sums = tl.dot(value, tl.load(rest, mask=inside[None, :], other=0.0), sums)
+        add = _spread(-(one + less) * (times / one), COLUMNS, GROUPS, STEP)
+        times = _spread(times, COLUMNS, GROUPS, STEP)
+        for place in tl.static_range(32 // BITS):
+            # The code becomes the first digits of a number from 1 to 2. All that follows is exact until it is rounded.
+            bits = _lift(code, 23 - BITS - place * BITS)
+            number = ((bits & ((one - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
+            value = (number * times + add).to(x.dtype.element_ty)
+            those = x + place * rows * words + (row[None, :] * words + word[:, None])
+            sums = tl.dot(value, tl.load(those, mask=inside[None, :], other=0.0), sums)
     if HAS_BIAS:
         sums += tl.load(bias + there).to(tl.float32)[:, None]
     place = (part * rows + row[None, :]).to(tl.int64) * out_columns + column[:, None]
     tl.store(out + place, sums.to(out.dtype.element_ty), mask=inside[None, :] & (column < out_columns)[:, None])
-
-
-@triton.jit
-def _pair(code, add, times):
-    """Make bfloat16 of the lowest four bits of each half of a word: (number + add) × times, in pairs.
-
-    The bits become the last digits of a number from 128 to 256. Adding is exact, and the product is rounded once.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-            .reg .b32 first, second, low, high, one, zero;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 zero, 0x80008000;
-            lop3.b32 first, $2, 0x000F000F, 0x43004300, 0xEA;
-            lop3.b32 second, $3, 0x000F000F, 0x43004300, 0xEA;
-            prmt.b32 low, first, second, 0x5410;
-            prmt.b32 high, first, second, 0x7632;
-            fma.rn.bf16x2 low, low, one, $4;
-            fma.rn.bf16x2 high, high, one, $4;
-            fma.rn.bf16x2 $0, low, $5, zero;
-            fma.rn.bf16x2 $1, high, $5, zero;
-        }
-        """,
-        "=r,=r,r,r,r,r",
-        [code, add, times],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
 
 
 @triton.jit

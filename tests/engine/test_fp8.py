@@ -164,6 +164,7 @@ def test_names_and_devices_that_cannot(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     with pytest.raises(DeviceError, match="no products in FP8"):
         fp8_linear.check_fp8(torch.device("cuda"))
+    assert fp8_linear.check_fp8(torch.device("cpu")) is None
 
 
 def test_weights_that_do_not_suit_are_expanded_as_always(tmp_path):

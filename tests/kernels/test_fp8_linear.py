@@ -145,7 +145,7 @@ def test_the_kernel_quantises_rows(triton_device, columns):
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_computes_what_a_cpu_does(bits, symmetric):
-    """Which may differ where a number lies between two of e4m3's."""
+    """A GPU adds up e4m3 products in fewer than float32's digits, and rounds to bfloat16."""
     check_fp8(torch.device("cuda"))
     for (count, columns), num in itertools.product([(1024, 4096), (48, 128)], [1, 17, 300]):
         weight = packed((count, columns), bits=bits, symmetric=symmetric, group_size=64)
@@ -155,5 +155,5 @@ def test_a_gpu_computes_what_a_cpu_does(bits, symmetric):
             x = rows(num, columns, dtype)
             wanted, found = fp8_linear(x, weight, None).double(), fp8_linear(x.cuda(), there, scratch)
             assert found.dtype == dtype
-            assert (found.double().cpu() - wanted).norm() / wanted.norm() < 0.01
+            assert (found.double().cpu() - wanted).norm() / wanted.norm() < 0.02
             assert torch.equal(found, fp8_linear(x.cuda(), there, scratch))
