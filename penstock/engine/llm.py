@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -51,6 +50,7 @@ from penstock.errors import (
     RequestError,
 )
 from penstock.io.checkpoint import Checkpoint
+from penstock.io.limits import peak_memory
 from penstock.io.reserve import check_reserve, choose_directory
 from penstock.io.settings import ReadSettings
 from penstock.offload.blocks import KVCost
@@ -532,7 +532,7 @@ class LLM:
             num_preemptions=generation.num_preemptions,
             recomputed_tokens=generation.recomputed_tokens,
             planned_process_nbytes=self._planned_nbytes,
-            peak_process_nbytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_process_nbytes=peak_memory(),
             peak_device_nbytes=torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             model_nbytes=self._shape.nbytes,
             traffic=traffic,

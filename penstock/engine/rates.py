@@ -19,6 +19,10 @@ from penstock.offload.tiers import MemoryTiers
 
 __all__ = ["measured", "rates_of"]
 
+FP8_SHARE = 0.82
+"""What layers reach of products in FP8, over what they reach of others: all that is beside the products takes as long
+as beside those of bfloat16, and rounding what goes in comes to it. From one run of OPT-30B on an H200."""
+
 
 def rates_of(hardware: HardwareProfile | Peaks | Machine, model: StreamedModel, path: Path) -> Machine:
     """Return the rates of passes in the dtype of a model at `path`, on its device. Raises OSError.
@@ -30,10 +34,12 @@ def rates_of(hardware: HardwareProfile | Peaks | Machine, model: StreamedModel, 
         known = hardware.links.matmul
     dtype = model.product_dtype if model.product_dtype in known else str(model.dtype).removeprefix("torch.")
     if isinstance(hardware, Peaks):
-        return hardware.machine(dtype)
-    if isinstance(hardware, HardwareProfile):
-        return Machine.of(hardware, path, dtype=dtype, on_cpu=model.device.type == "cpu")
-    return hardware
+        made = hardware.machine(dtype)
+    elif isinstance(hardware, HardwareProfile):
+        made = Machine.of(hardware, path, dtype=dtype, on_cpu=model.device.type == "cpu")
+    else:
+        return hardware
+    return replace(made, flops=made.flops * FP8_SHARE) if dtype == "float8_e4m3fn" and made.flops else made
 
 
 def measured(

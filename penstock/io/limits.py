@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["available_cores", "available_memory", "memory_limit"]
+__all__ = ["available_cores", "available_memory", "memory_limit", "peak_memory"]
 
 _FILESYSTEM_ROOT = Path("/")
 
@@ -29,6 +29,16 @@ def available_memory(*, root: Path = _FILESYSTEM_ROOT) -> int:
         if headroom is not None:
             limits.append(headroom)
     return max(0, min(limits))
+
+
+def peak_memory(*, root: Path = _FILESYSTEM_ROOT) -> int:
+    """Return the most bytes of RAM that this process has held, from /proc/self/status.
+
+    `ru_maxrss` is no substitute: it starts with what the parent had when it started this process.
+    """
+    lines = (root / "proc/self/status").read_text().splitlines()
+    found = next(line for line in lines if line.startswith("VmHWM:"))
+    return int(found.split()[1]) << 10
 
 
 def memory_limit(*, root: Path = _FILESYSTEM_ROOT) -> int | None:

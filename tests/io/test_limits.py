@@ -1,9 +1,11 @@
 import os
+import subprocess
+import sys
 
 import psutil
 import pytest
 
-from penstock.io.limits import available_cores, available_memory
+from penstock.io.limits import available_cores, available_memory, peak_memory
 
 MIB = 1 << 20
 
@@ -99,3 +101,14 @@ def test_a_control_group_may_allow_fewer_cores(tmp_path, monkeypatch, cgroup, fi
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(99))
     write_tree(tmp_path, cgroup, {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
     assert available_cores(root=tmp_path) == cores
+
+
+def test_what_a_process_has_held_is_its_own(tmp_path):
+    """Not what the one had that started it."""
+    held = bytearray(200 << 20)
+    code = "from penstock.io.limits import peak_memory; print(peak_memory()); bytearray(64 << 20); print(peak_memory())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, said.split())
+    assert before < 200 << 20 < peak_memory()
+    assert after - before > 60 << 20
+    del held
