@@ -71,11 +71,12 @@ def test_quality_of_keys_and_values(tmp_path, capsys):
         assert abs(one["change"]) < bound
     status, printed, _ = run(capsys, "quality", DEFAULT_MODEL, *wanted[-6:])
     assert status == 0
-    assert printed.splitlines()[0] == "kv dtype  bytes per token  perplexity  change"
+    assert printed.splitlines()[0] == "kv dtype  activations  bytes per token  perplexity  change"
     for bad, message in (
-        ((), "either weights or keys and values"),
-        ((DEFAULT_MODEL, "--kv-dtype", "int8"), "either weights or keys and values"),
+        ((), "either weights or dtypes of a run"),
+        ((DEFAULT_MODEL, "--kv-dtype", "int8"), "either weights or dtypes of a run"),
         (("--kv-dtype", "int8"), "Add --text"),
+        (("--activation-dtype", "fp8", "--text", text, "--device", "cpu"), "no weights to multiply with in FP8"),
         (("--kv-dtype", "int9", "--text", text), "not a dtype of keys and values"),
     ):
         status, _, error = run(capsys, "quality", DEFAULT_MODEL, *bad)
