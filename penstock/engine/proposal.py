@@ -155,6 +155,7 @@ def _changes(question: Question) -> Iterator[tuple[str, str, Question | str]]:
         if rate := hardware.host_to_device:
             faster = replace(hardware, host_to_device=2 * rate)
             yield "next_pcie", "the next generation of PCIe", replace(question, hardware=faster)
+        yield "second_gpu", "a second GPU", "Penstock runs on one"
     if rate := hardware.nvme_to_host:
         faster = replace(hardware, nvme_to_host=2 * rate)
         yield "second_nvme", "a second NVMe disk, read in turn with the first", replace(question, hardware=faster)

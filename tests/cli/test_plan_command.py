@@ -36,7 +36,7 @@ def test_a_plan_for_programs(capsys):
     assert made["forecast"]["generated_tokens"] == 128
     assert made["work"] == {"prompt_len": 64, "gen_len": 16, "requests": 8}
     assert not made["hardware"]["measured"]
-    assert {"double_host", "double_device", "next_pcie", "second_nvme", "exact", "int8", "int4"} == {
+    assert {"double_host", "double_device", "next_pcie", "second_gpu", "second_nvme", "exact", "int8", "int4"} == {
         one["name"] for one in made["what_if"]
     }
 
