@@ -134,7 +134,7 @@ def test_codes_are_read_in_long_words_and_converted_at_once(compiled, request, h
         pytest.skip("it cannot convert float8")
     ptx = compiled(attend(heads, (128, 128), code="fp8"))["_attend_codes"].asm["ptx"]
     assert ptx.count("ld.global.v4.b32") >= 8, "4 rows of 16 bytes for each thread, of keys and of values"
-    assert ptx.count("cvt.rn.f16x2.e4m3x2") == 128, "the 256 codes of a thread"
+    assert ptx.count("cvt.rn.f16x2.e4m3x2") == 64, "the 128 codes of a thread"
     assert "cvt.f32.f16" not in ptx
 
 
