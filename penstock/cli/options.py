@@ -10,6 +10,7 @@ from penstock.cli.codec import add_codec, asked_codec
 from penstock.cli.output import ProgressLine
 from penstock.cli.settings import add_read_options, kernel_directory, read_settings, stored_profile
 from penstock.io.interrupts import held_back
+from penstock.offload.codec import ACTIVATION_DTYPES
 from penstock.offload.tiers import MemoryTiers, format_size
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def add_memory(parser: Any) -> Any:
     )
     memory.add_argument(
         "--activation-dtype",
-        choices=("auto", "fp8"),
+        choices=ACTIVATION_DTYPES,
         default="auto",
         help="what packed weights are multiplied with: auto (the run's dtype), or fp8, where both are rounded to e4m3; "
         "faster on GPUs from compute capability 8.9 on (default: %(default)s)",

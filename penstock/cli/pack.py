@@ -12,6 +12,7 @@ from penstock.cli.codec import add_codec_details, codec_options
 from penstock.cli.output import ProgressLine
 from penstock.cli.settings import add_read_options, read_settings, stored_profile
 from penstock.errors import ConfigError
+from penstock.offload.codec import ACTIVATION_DTYPES
 from penstock.offload.kv_dtype import KV_DTYPES, check_kv_dtype
 from penstock.offload.tiers import format_size
 
@@ -68,7 +69,9 @@ def add_to(commands: Any) -> None:
         "streamed",
     )
     parser.add_argument(
-        "--activation-dtype", choices=("fp8",), help="of what packed weights are multiplied with, to compare likewise"
+        "--activation-dtype",
+        choices=ACTIVATION_DTYPES[1:],
+        help="of what packed weights are multiplied with, to compare likewise",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="what to compute in (default: the checkpoint's)")

@@ -13,15 +13,14 @@ from penstock.engine.planner import LIMITS
 from penstock.errors import BudgetError, ConfigError, DeviceError
 from penstock.io.limits import available_memory
 from penstock.kernels.fp8_linear import check_fp8
+from penstock.offload.codec import ACTIVATION_DTYPES
 from penstock.offload.plan import PassLimits
 from penstock.offload.tiers import MemoryTiers, format_size
 
-__all__ = ["ACTIVATION_DTYPES", "check_activation_dtype", "check_rehearsal_fits", "find_device", "limits_of", "resolve"]
+__all__ = ["check_activation_dtype", "check_rehearsal_fits", "find_device", "limits_of", "resolve"]
 
 LIBRARIES_NBYTES = 128 << 20
 """What torch, transformers and the kernels' libraries take in RAM once they are used, at most, measured."""
-
-ACTIVATION_DTYPES = ("auto", "fp8")
 
 logger = logging.getLogger("penstock.engine")
 

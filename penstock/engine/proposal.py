@@ -33,7 +33,7 @@ _STEP_NBYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A model, a machine, what may be used of it, and the work."""
+    """A model, a machine, what may be used of it, and the work. Passes that are `known` serve changed questions too."""
 
     anatomy: Anatomy
     hardware: Hardware

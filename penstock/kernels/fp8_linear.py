@@ -2,8 +2,8 @@
 
 Each row of activations is divided by what makes its largest magnitude e4m3's largest; so is each row of weights, by a
 bound that its scales and zero points give, so that nothing has to be looked at first. Codes are expanded to e4m3 right
-before they are used, into scratch memory that all layers share: a quarter of what expanding to bfloat16 writes and
-reads. The product is summed up in float32, multiplied by both scales, and rounded once, to bfloat16 on a GPU.
+before they are used, into scratch memory that all layers share: half of what expanding to bfloat16 writes and reads.
+The product is summed up in float32, multiplied by both scales, and rounded once, to bfloat16 on a GPU.
 
     y = (e4m3(x / sx) · e4m3(w / sw)) × sx × sw
 
@@ -20,12 +20,15 @@ from torch import Tensor
 
 from penstock.errors import DeviceError
 from penstock.kernels.gpu import triton_kernels
+from penstock.kernels.groupwise import whole_codes
 from penstock.kernels.packed_linear import PackedWeight
+from penstock.kernels.sizes import LARGEST_FP8
 
-__all__ = ["Scratch", "check_fp8", "expand_rows", "fp8_linear", "quantise_rows", "suits_fp8"]
+__all__ = [
+    "Scratch", "check_fp8", "expand_rows", "fp8_linear", "product", "quantise_rows", "suits_fp8", "why_no_fp8",
+]  # fmt: skip
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
 
 _PIECE = 1 << 18
 """Weights that a CPU expands at once."""
@@ -51,21 +54,33 @@ class Scratch:
         return self.codes.numel() + 4 * self.scale.numel()
 
 
-def check_fp8(device: torch.device) -> None:
-    """Raise DeviceError where a GPU, or torch on it, cannot multiply e4m3: it is tried. A CPU does it in float32."""
+def why_no_fp8(device: torch.device) -> str | None:
+    """Say why a GPU, or torch on it, cannot multiply e4m3: that is tried. None where it can, and on a CPU."""
     if device.type != "cuda":
-        return
-    found, fix = torch.cuda.get_device_capability(device), "Leave the activations' dtype at auto."
+        return None
+    found = torch.cuda.get_device_capability(device)
     if found < _CAPABILITY:
-        wanted = "compute capability 8.9 or newer, such as RTX 4090, L40S, H100"
-        raise DeviceError("this GPU has no products in FP8", wanted=wanted, got=".".join(map(str, found)), fix=fix)
-    scale = torch.ones(16, 1, device=device)
-    codes = torch.zeros(16, 16, dtype=FP8, device=device)
+        return f"the GPU's compute capability is {found[0]}.{found[1]}, not 8.9 or newer"
+    return _try_product(device)
+
+
+def _try_product(device: torch.device) -> str | None:
+    codes, ones = torch.zeros(16, 16, dtype=FP8, device=device), torch.ones(16, device=device)
     try:
-        _product(codes, scale, codes, scale[:, 0])
+        product(codes, ones[:, None], codes, ones)
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise DeviceError(f"torch {torch.__version__} has no products in FP8 here: {said}", fix=fix) from error
+        return f"torch {torch.__version__}: " + str(error).partition("\n")[0]
+    return None
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raise DeviceError where a GPU cannot multiply e4m3; a CPU does it in float32."""
+    if reason := why_no_fp8(device):
+        raise DeviceError(
+            f"there are no products in FP8: {reason}",
+            wanted="a GPU such as RTX 4090, L40S or H100",
+            fix="Leave the activations' dtype at auto.",
+        )
 
 
 def suits_fp8(rows: int, columns: int, group_size: int) -> bool:
@@ -86,11 +101,11 @@ def _on_tensor_cores(rows: Tensor, weight: PackedWeight, scratch: Scratch) -> Te
     expanded = scratch.codes[: num_rows * columns].view(num_rows, columns)
     factors = scratch.scale[:num_rows]
     expand_rows(weight, expanded, factors)
-    return _product(codes, scale, expanded, factors)
+    return product(codes, scale, expanded, factors)
 
 
-def _product(codes: Tensor, scale: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
-    """Return bfloat16 [T, N] of rows [T, K] and a weight [N, K], both e4m3."""
+def product(codes: Tensor, scale: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
+    """Return bfloat16 [T, N] of rows [T, K] and a weight [N, K], both e4m3, on a GPU that can."""
     scales = {"scale_a": scale, "scale_b": factors[None]}
     return torch._scaled_mm(codes, weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
@@ -123,7 +138,7 @@ def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         return codes, scale
     wide = rows.float()
     top = wide.abs().amax(-1, keepdim=True)
-    return _encode(wide * _inverse(top)), top * (1 / LARGEST)
+    return _encode(wide * _inverse(top)), top * (1 / LARGEST_FP8)
 
 
 def expand_rows(weight: PackedWeight, out: Tensor, factors: Tensor) -> None:
@@ -132,7 +147,6 @@ def expand_rows(weight: PackedWeight, out: Tensor, factors: Tensor) -> None:
         kernels.expand_rows(weight, out, factors)
         return
     top = 15.0 if weight.bits == 4 else 255.0
-    steps = torch.stack([weight.codes & 15, weight.codes >> 4], -1).flatten(1) if weight.bits == 4 else weight.codes
     if weight.zero is not None:
         zero, largest = weight.zero.float(), torch.maximum(weight.zero.float(), top - weight.zero.float())
     else:
@@ -140,15 +154,15 @@ def expand_rows(weight: PackedWeight, out: Tensor, factors: Tensor) -> None:
         largest = torch.full_like(zero, 8.0 if weight.bits == 4 else 128.0)
     bound = (weight.scale.float().abs() * largest).amax(-1, keepdim=True)
     times = weight.scale.float() * _inverse(bound)
-    cells = steps.float().unflatten(1, (-1, weight.group_size))
+    cells = whole_codes(weight.codes, bits=weight.bits).float().unflatten(1, (-1, weight.group_size))
     out.copy_(_encode(((cells - zero[..., None]) * times[..., None]).flatten(1)))
-    factors.copy_(bound[:, 0] * (1 / LARGEST))
+    factors.copy_(bound[:, 0] * (1 / LARGEST_FP8))
 
 
 def _inverse(top: Tensor) -> Tensor:
     """Return what makes `top` the largest number of e4m3; 0 for 0."""
-    return torch.where(top > 0, LARGEST / top, torch.where(top == 0, 0.0, top))
+    return torch.where(top > 0, LARGEST_FP8 / top, torch.where(top == 0, 0.0, top))
 
 
 def _encode(wide: Tensor) -> Tensor:
-    return wide.clamp_(-LARGEST, LARGEST).to(FP8)
+    return wide.clamp_(-LARGEST_FP8, LARGEST_FP8).to(FP8)

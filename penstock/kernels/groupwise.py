@@ -24,7 +24,7 @@ from torch import Tensor
 
 from penstock.kernels.gpu import triton_kernels
 
-__all__ = ["Quantised", "dequantise", "dequantise_reference", "quantise"]
+__all__ = ["Quantised", "dequantise", "dequantise_reference", "quantise", "whole_codes"]
 
 _PIECE = 1 << 17
 """Values that the CPU takes at once, so that what lies between two steps stays in its cache."""
@@ -82,10 +82,15 @@ def dequantise_reference(
 ) -> None:
     """Make `out` [R, C], in plain torch on any device."""
     columns = out.shape[1]
-    whole = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :columns] if bits == 4 else codes
+    whole = whole_codes(codes, bits=bits)[:, :columns]
     group = torch.arange(columns, device=out.device) // group_size
     shift = (8 if bits == 4 else 0) if zero is None else zero.int()[:, group]
     out.copy_((whole.int() - shift).float() * scale.float()[:, group])
+
+
+def whole_codes(codes: Tensor, *, bits: int) -> Tensor:
+    """Return codes [R, C] one by one, of 4 bits as of 8; where C is odd, one too many."""
+    return torch.stack([codes & 15, codes >> 4], -1).flatten(1) if bits == 4 else codes
 
 
 def _parts(

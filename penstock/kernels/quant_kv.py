@@ -21,12 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from penstock.kernels.gpu import triton_kernels
-from penstock.kernels.sizes import int4_group_size
+from penstock.kernels.sizes import LARGEST_FP8, int4_group_size
 
 __all__ = ["QUANTISE", "dequantise", "quantise"]
 
 FP8 = torch.float8_e4m3fn
-_LARGEST_FP8 = 448.0
 _LARGEST_INT8 = 127.0
 _LARGEST_INT4 = 15.0
 
@@ -46,9 +45,9 @@ def _divisors(scales: Tensor) -> Tensor:
 
 def _quantise_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
     wide = rows.float()
-    scales, divisors = _scales(wide, _LARGEST_FP8)
+    scales, divisors = _scales(wide, LARGEST_FP8)
     scaled = (wide / divisors).nan_to_num_(0.0)  # a quotient just above the largest would become NaN
-    return scaled.clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(FP8), scales
+    return scaled.clamp_(-LARGEST_FP8, LARGEST_FP8).to(FP8), scales
 
 
 def _quantise_int8(rows: Tensor) -> tuple[Tensor, Tensor]:

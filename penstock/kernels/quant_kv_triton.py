@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from penstock.kernels.sizes import LARGEST_FP8
+
 __all__ = ["dequantise", "quantise"]
 
 BLOCK = 2048
 """Elements of one program, sixteen for each thread: two loads of 16-bit rows, and one store."""
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+LARGEST = {torch.float8_e4m3fn: LARGEST_FP8, torch.int8: 127.0}
 
 
 def quantise(

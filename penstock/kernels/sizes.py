@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["ANS_CHUNK", "EXACT_BLOCK", "int4_group_size"]
+__all__ = ["ANS_CHUNK", "EXACT_BLOCK", "LARGEST_FP8", "int4_group_size"]
 
 EXACT_BLOCK = 1024
 """Values of the `exact` codec that share an entry of `start`."""
 
 ANS_CHUNK = 1 << 16
 """Values of the `exact-ans` codec whose exponents are compressed together."""
+
+LARGEST_FP8 = 448.0
+"""The largest number of e4m3."""
 
 _INT4_GROUP = 32
 

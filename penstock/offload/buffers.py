@@ -115,7 +115,7 @@ def expand(coding: Coding | ScaledCoding, parts: Sequence[Tensor], out: Tensor, 
         scale,
         zero[0] if zero else None,
         out.view(out.shape[0], *coding.matrix),
-        bits=8 if coding.codec == "int8" else 4,
+        bits=coding.bits,
         group_size=coding.group_size,
     )
 

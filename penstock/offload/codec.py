@@ -14,7 +14,17 @@ from penstock.errors import ConfigError
 from penstock.io.files import DTYPE_BITS
 from penstock.kernels.sizes import ANS_CHUNK, EXACT_BLOCK
 
-__all__ = ["ANS_CHUNK", "ANY_LENGTH", "GROUP_SIZES", "LOSSLESS", "CodecName", "Coding", "PackOptions", "Part"]
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "ANS_CHUNK",
+    "ANY_LENGTH",
+    "GROUP_SIZES",
+    "LOSSLESS",
+    "CodecName",
+    "Coding",
+    "PackOptions",
+    "Part",
+]
 
 CodecName = Literal["exact", "exact-ans", "int8", "int4"]
 
@@ -25,6 +35,9 @@ ANY_LENGTH = -1
 """A part's size that depends on the values."""
 
 GROUP_SIZES = (32, 64, 128)
+
+ACTIVATION_DTYPES = ("auto", "fp8")
+"""What integer codes may be multiplied with: activations as they come, or rounded to e4m3."""
 
 _PERCENT = {"exact": 1, "exact-ans": 35}
 """About how many bytes the part of any length takes for 100 values."""
@@ -68,6 +81,11 @@ class Coding:
         if self.dtype not in {"BF16", "F16", "F32"}:
             return f"dtype {self.dtype}"
         return None if (self.group_size or 0) > 0 and self.symmetric is not None else f"group size {self.group_size}"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code of an integer codec."""
+        return 8 if self.codec == "int8" else 4
 
     @property
     def size(self) -> int:

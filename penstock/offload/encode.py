@@ -93,7 +93,7 @@ class GroupwiseEncoder:
         self._workers = workers
         self._quantise = partial(
             groupwise.quantise,
-            bits=8 if coding.codec == "int8" else 4,
+            bits=coding.bits,
             group_size=coding.group_size,
             symmetric=coding.symmetric,
             search=search,

@@ -28,6 +28,8 @@ from penstock.io.memory import HostMemory
 from penstock.io.plateau import Choice
 from penstock.io.reader import ALIGNMENT, Read, Reader
 from penstock.io.sweep import Deadline
+from penstock.kernels.fp8_linear import product as fp8_product
+from penstock.kernels.fp8_linear import why_no_fp8
 from penstock.offload.hardware import UNKNOWN_LINKS, Links
 
 __all__ = ["measure_links"]
@@ -272,18 +274,12 @@ def _matmul(deadline: Deadline, *, cuda: bool) -> dict[str, float]:
         product()
         seconds = _sustained(product, deadline) if cuda else _fastest(product, deadline, seconds=0.4)
         rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
-    if cuda and torch.cuda.get_device_capability() >= (8, 9) and not deadline.passed():
-        with contextlib.suppress(RuntimeError):  # a torch that cannot do it
-            rates["float8_e4m3fn"] = 2 * side**3 / _sustained(_fp8_product(side), deadline)
+    if cuda and not deadline.passed() and why_no_fp8(torch.device("cuda", torch.cuda.current_device())) is None:
+        left, right = (torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+        ones = torch.ones(side, device="cuda")
+        seconds = _sustained(lambda: fp8_product(left, ones[:, None], right, ones), deadline)
+        rates["float8_e4m3fn"] = 2 * side**3 / seconds
     return rates
-
-
-def _fp8_product(side: int) -> Callable[[], Any]:
-    """Return what multiplies e4m3 matrices with a scale for each row and column."""
-    left, right = (torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-    ones = torch.ones(side, device="cuda")
-    scales = {"scale_a": ones[:, None], "scale_b": ones[None]}
-    return lambda: torch._scaled_mm(left, right.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _sustained(run: Callable[[], Any], deadline: Deadline) -> float:

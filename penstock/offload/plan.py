@@ -65,7 +65,7 @@ def window_workspace(windows: Iterable[WindowLayer]) -> tuple[int, int]:
 class ModelShape:
     """What a model costs, in bytes; measured, not derived from its config.
 
-    `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes.
+    `fixed_nbytes` is needed whatever goes through the model: what choosing tokens takes, and what it has of its own.
     `layer_nbytes` is each layer's buffer on the device, `wire_nbytes` what of it rests or travels, and `kept_nbytes`
     what a layer whose parameters stay on the device needs once it has been loaded; all of it where that is empty.
     `workspace_nbytes` is what a token of the running micro-batch needs, `held_nbytes` a token of a waiting one.

@@ -10,14 +10,16 @@ import torch
 from test_packed_linear import KINDS, packed, rows
 
 from penstock.kernels.fp8_linear import (
-    LARGEST,
     Scratch,
+    _try_product,
     check_fp8,
     expand_rows,
     fp8_linear,
     quantise_rows,
     suits_fp8,
+    why_no_fp8,
 )
+from penstock.kernels.sizes import LARGEST_FP8
 
 FP8 = torch.float8_e4m3fn
 STEP, SMALLEST = 2.0**-4, 2.0**-10
@@ -56,7 +58,7 @@ def test_weights_are_rounded_once(bits, symmetric):
         weight = packed(shape, bits=bits, symmetric=symmetric, group_size=group_size)
         codes, factors = expanded(weight)
         assert_rounded(codes, weight.expanded(torch.float32), factors[:, None])
-        assert (codes.float().abs() <= LARGEST).all()
+        assert (codes.float().abs() <= LARGEST_FP8).all()
 
 
 def test_weights_of_zeros():
@@ -75,7 +77,7 @@ def test_rows_are_rounded_once(dtype):
     assert codes.shape == x.shape
     assert scale.shape == (9, 1)
     assert_rounded(codes, x, scale)
-    assert codes.float().abs().amax(1).tolist() == [LARGEST] * 2 + [0] + [LARGEST] * 6
+    assert codes.float().abs().amax(1).tolist() == [LARGEST_FP8] * 2 + [0] + [LARGEST_FP8] * 6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -111,8 +113,15 @@ def test_which_weights_suit(rows, columns, group_size, suits):
     assert suits_fp8(rows, columns, group_size) == suits
 
 
-def test_a_cpu_always_can():
-    check_fp8(torch.device("cpu"))
+def test_a_torch_without_such_products_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no such product\nand more of it")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert why_no_fp8(torch.device("cpu")) is None, "a CPU does without"
+    assert _try_product(torch.device("cpu")) == f"torch {torch.__version__}: no such product"
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: None)
+    assert _try_product(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

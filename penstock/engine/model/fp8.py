@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +48,7 @@ class Fp8Linear(nn.Linear):
         """Return the product, without the bias."""
         coding = self.coding
         assert coding.group_size is not None
-        bits = 8 if coding.codec == "int8" else 4
-        weight = PackedWeight(self.codes, self.scale, self.zero, coding.matrix[1], bits, coding.group_size)
+        weight = PackedWeight(self.codes, self.scale, self.zero, coding.matrix[1], coding.bits, coding.group_size)
         return fp8_linear(x, weight, self.scratch)
 
     @property
@@ -87,7 +85,7 @@ def multiply_in_fp8(module: Any, layouts: Sequence[Layout], device: torch.device
     scratch = None
     if device.type != "cpu":
         most_rows = max(one.coding.matrix[0] for one in packed)
-        scratch = Scratch.of(most_rows, max(math.prod(one.coding.shape) for one in packed), device)
+        scratch = Scratch.of(most_rows, max(one.coding.size for one in packed), device)
     for one in packed:
         owner = _owner_of(module, one)
         del owner._parameters["weight"]

@@ -145,11 +145,10 @@ def _undecoded(
     else:
         return piece
     source = tensors[names[0]]
-    if len(names) > 1 or target.name in aliases or not isinstance(source, CodedTensor):
+    coding = source.coding if isinstance(source, CodedTensor) else None
+    if len(names) > 1 or target.name in aliases or not isinstance(coding, Coding) or coding.shape != target.shape:
         return piece
-    whole = isinstance(source.coding, Coding) and source.shape == target.shape
-    stay = isinstance(source.coding, Coding) and whole and stays(target.name, source.coding)
-    return Expanded(target, ((names[0], 0),), stays=True) if stay else piece
+    return Expanded(target, ((names[0], 0),), stays=True) if stays(target.name, coding) else piece
 
 
 def _whole(box: Box, shape: Sequence[int], tensors: Sources) -> int | None:

@@ -113,6 +113,6 @@ def _weight(one: Expansion, layout: Layout, rest: Tensor) -> PackedWeight:
         parts[1],
         parts[2] if len(parts) > 2 else None,
         columns=one.coding.matrix[1],
-        bits=8 if one.coding.codec == "int8" else 4,
+        bits=one.coding.bits,
         group_size=one.coding.group_size,
     )

@@ -1,4 +1,4 @@
-"""Products in FP8 in families of several kinds: experts, latents, norms inside attention, shared layers."""
+"""Products in FP8 in families of several kinds: experts, latents, mixers, one projection for several."""
 
 from __future__ import annotations
 
