@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from made_profile import CELL, make_disk, make_profile
@@ -69,6 +70,13 @@ def test_a_profile_of_no_use_is_said_and_the_machine_measured_again(
     assert "in at most 5 s" in err
     assert [disk.target.path for disk in HardwareProfile.load(profiled).disks] == ["."]
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"] == ["penstock"]
+
+
+def test_what_was_measured_serves_where_it_cannot_be_kept(tiny_llama, monkeypatch, caplog):
+    monkeypatch.setattr(profile_command, "QUICK", 5.0)
+    measured = profile_command.measure_again(tiny_llama, Path("/proc/nowhere/profile.json"))
+    assert measured.links.host_read
+    assert "what was measured is not kept" in caplog.text
 
 
 def test_where_a_machine_cannot_be_measured_it_is_said(capsys, caplog, tiny_llama, profiled, a_prompt, monkeypatch):
