@@ -288,11 +288,11 @@ def test_configs_that_are_wrong_are_named(tmp_path):
         anatomy_of(SHAPES / "tiny", dtype="int3")
 
 
-def test_neither_torch_nor_transformers_is_imported():
+def test_neither_torch_nor_transformers_nor_numpy_is_imported():
     program = (
         "import sys; from penstock.cli.main import main; "
         "main(['plan', '--shape', 'kimi-k2', '--hardware', 'h200', '--requests', '4']); "
-        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+        "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
